@@ -1,0 +1,38 @@
+# `make run` on a fresh machine: environment, data, pipeline, model server, gateway. `make help` lists the rest.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export DO_NOT_TRACK := 1
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# The environment is rebuilt when the lock changes.
+$(VENV)/.lock: requirements/dev.txt
+	@requirements/install $(PYTHON) $(VENV)
+
+.PHONY: env
+env: $(VENV)/.lock ## build .venv from the lock
+
+.PHONY: run
+run: env ## everything: data, training, publishing, serving, on http://localhost:8080
+	@python -m pipelines run
+
+.PHONY: check
+check: env ## lint, format, types, import rules
+	@ruff check . && ruff format --check . && mypy && lint-imports --no-cache
+
+.PHONY: test
+test: env ## everything that must pass
+	@python -m pytest $(ARGS)
+
+.PHONY: bench
+bench: env ## side-by-side benchmarks
+	@python -m benchmarks $(ARGS)
+
+.PHONY: protos
+protos: env ## generate serving/protos/*_pb2.py from the .proto files
+	@python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. serving/protos/*.proto

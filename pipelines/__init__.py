@@ -1,0 +1,1 @@
+"""When things run: ingest, release, schedule, publish. Reaches serving only over the network and as processes."""
