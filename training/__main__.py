@@ -1,0 +1,128 @@
+"""The stages as commands: `python -m training STAGE`. `dvc repro` runs them in order and only when needed."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from digits.errors import DigitsError
+from training.params import Params, load_params
+from training.workspace import Workspace, import_tensorflow_quietly
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""The stages that make a model out of the raw data, in this order:
+    **validate → prepare → train → evaluate → gate → export**.
+
+    Each reads `params.yaml` and the stages before it, and writes only below `artifacts/STAGE/`. Usually you do not run
+    them one by one: `dvc repro` runs whichever are out of date, `dvc metrics show` and `dvc plots show` tell what came
+    out, and `dvc exp run -S train.learning_rate=0.002` tries another value.""",
+)
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    root: Annotated[
+        Path,
+        typer.Option(
+            envvar="DIGITS_ROOT", help="The checkout to work in: where params.yaml, data/ and artifacts/ are."
+        ),
+    ] = Path(),
+) -> None:
+    context.obj = Workspace(root)
+
+
+@app.command(name="validate")
+def _validate(context: typer.Context) -> None:
+    """Check the raw data: files, counts, labels, balance, ink, duplicates. Stops the pipeline if something is wrong."""
+    from training.validate import validate
+
+    _run(context, validate)
+
+
+@app.command(name="prepare")
+def _prepare(context: typer.Context) -> None:
+    """Split the raw data into train, validation and a sealed test split, and draw samples."""
+    from training.prepare import prepare
+
+    _run(context, prepare)
+
+
+@app.command(name="train")
+def _train(context: typer.Context) -> None:
+    """Fit the perceptron that params.yaml describes."""
+    import_tensorflow_quietly()
+    from training.train import train
+
+    _run(context, train)
+
+
+@app.command(name="evaluate")
+def _evaluate(context: typer.Context) -> None:
+    """Measure the trained model on the test split; draw its mistakes."""
+    import_tensorflow_quietly()
+    from training.evaluate import evaluate
+
+    _run(context, evaluate)
+
+
+@app.command(name="gate")
+def _gate(context: typer.Context) -> None:
+    """Decide whether the model may be published: floors, and the version published now. A rejection exits 0."""
+    from training.gate import gate
+
+    _run(context, gate)
+
+
+@app.command(name="export")
+def _export(context: typer.Context) -> None:
+    """Write the approved model as a SavedModel with golden answers and warm-up requests."""
+    import_tensorflow_quietly()
+    from training.export import export
+
+    _run(context, export)
+
+
+@app.command(name="verify")
+def _verify(
+    saved_model: Annotated[
+        Path, typer.Argument(help="A version folder, such as artifacts/export/saved_model or models/digits/3.")
+    ],
+) -> None:
+    """Load an exported model in this fresh process and compare its answers with those of the trained one."""
+    import_tensorflow_quietly(with_keras=False)
+    from training.verify import verify
+
+    difference = verify(saved_model)
+    _console().print(f"{saved_model} answers as the trained model did (greatest difference {difference:.1e})")
+
+
+def _run(context: typer.Context, stage: Callable[[Workspace, Params, Any], None]) -> None:
+    workspace: Workspace = context.obj
+    stage(workspace, load_params(workspace.params_file), _console())
+
+
+def _console() -> Console:
+    console = Console(stderr=True, highlight=False)
+    # A log file is as wide as its lines.
+    return console if console.is_terminal else Console(stderr=True, highlight=False, width=140)
+
+
+def main() -> None:
+    """Run the command line; expected errors become one line and exit code 1."""
+    try:
+        app()
+    except DigitsError as err:
+        print(f"error: {err}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

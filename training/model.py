@@ -1,0 +1,128 @@
+"""The multilayer perceptron, its optimiser and its learning-rate schedule, as params.yaml describes them."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from digits.contract import CLASS_COUNT, IMAGE_HEIGHT, IMAGE_WIDTH
+from training.params import ModelParams, TrainParams
+from training.workspace import BadArtifact
+
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+
+def resolve_precision(precision: str) -> str:
+    """``auto`` becomes mixed_bfloat16 on CPUs that multiply bfloat16: twice as fast there, slower elsewhere."""
+    if precision != "auto":
+        return precision
+    try:
+        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "float32"
+    flags = next((line for line in cpu.splitlines() if line.startswith("flags")), "")
+    return "mixed_bfloat16" if _BFLOAT16_FLAGS & set(flags.split()) else "float32"
+
+
+def build_model(params: ModelParams, precision: str) -> keras.Model:
+    """An untrained perceptron: images float32 (N, 28, 28) in 0..255 -> logits float32 (N, 10).
+
+    The scaling to 0..1 is its first layer, so that nobody who calls it can forget it. Initial weights come from Keras's
+    global seed (``keras.utils.set_random_seed``).
+    """
+    policy = keras.dtype_policies.DTypePolicy(precision)
+    l2 = keras.regularizers.L2(params.l2) if params.l2 else None
+    images = keras.Input((IMAGE_HEIGHT, IMAGE_WIDTH), dtype="float32", name="images")
+    x = keras.layers.Rescaling(1 / 255, dtype="float32", name="scale")(images)
+    x = keras.layers.Flatten(dtype=policy, name="flatten")(x)
+    for i, width in enumerate(params.hidden_widths, start=1):
+        # A normalisation has its own offset: the dense layer needs none before it.
+        x = keras.layers.Dense(
+            width,
+            use_bias=params.normalisation == "none",
+            kernel_initializer="he_normal",
+            kernel_regularizer=l2,
+            dtype=policy,
+            name=f"dense_{i}",
+        )(x)
+        if params.normalisation == "batch":
+            x = keras.layers.BatchNormalization(momentum=0.95, dtype=policy, name=f"norm_{i}")(x)
+        elif params.normalisation == "layer":
+            x = keras.layers.LayerNormalization(dtype=policy, name=f"norm_{i}")(x)
+        x = keras.layers.Activation(params.activation, dtype=policy, name=f"activation_{i}")(x)
+        if params.dropout:
+            x = keras.layers.Dropout(params.dropout, dtype=policy, name=f"dropout_{i}")(x)
+    logits = keras.layers.Dense(CLASS_COUNT, kernel_regularizer=l2, dtype="float32", name="logits")(x)
+    return keras.Model(images, logits, name="digits")
+
+
+def build_schedule(params: TrainParams, total_steps: int) -> Any:
+    """``rate(step)`` in graph, step counted from 0.
+
+    one_cycle rises linearly and falls linearly to near 0 (Smith and Topin 2018); cosine falls along a half cosine.
+    """
+    peak = params.learning_rate
+    warmup = max(1.0, params.warmup_share * total_steps)
+
+    def rate(step: Any) -> Any:
+        at = tf.cast(step, tf.float32)
+        if params.schedule == "constant":
+            return tf.constant(peak, tf.float32)
+        if params.schedule == "cosine":
+            return peak * 0.5 * (1.0 + tf.cos(np.pi * at / total_steps))
+        falling = (total_steps - at) / max(1.0, total_steps - warmup)
+        return peak * tf.minimum((at + 1.0) / warmup, falling)
+
+    return rate
+
+
+def build_optimiser(params: TrainParams) -> keras.optimizers.Optimizer:
+    """The optimiser; the training loop sets its rate before each step."""
+    if params.optimiser == "sgd":
+        return keras.optimizers.SGD(params.learning_rate, momentum=params.momentum, nesterov=params.momentum > 0)
+    if params.optimiser == "adam":
+        return keras.optimizers.Adam(params.learning_rate)
+    optimiser = keras.optimizers.AdamW(params.learning_rate, weight_decay=params.weight_decay)
+    optimiser.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
+    return optimiser
+
+
+def load_model(path: Path) -> keras.Model:
+    """Read a trained model.keras.
+
+    Raises:
+        BadArtifact: it is not one.
+    """
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except Exception as err:  # keras raises whatever the damaged part raises
+        raise BadArtifact(f"{path} cannot be read as a Keras model: {err}. Run `dvc repro train`.") from err
+
+
+def predict_probabilities(model: keras.Model, images_u8: np.ndarray, batch: int = 1000) -> np.ndarray:
+    """Class probabilities, float32 (N, 10), of uint8 images (N, 28, 28)."""
+
+    @tf.function(reduce_retracing=True)
+    def answer(images: Any) -> Any:
+        return tf.nn.softmax(model(tf.cast(images, tf.float32), training=False))
+
+    parts = [answer(tf.constant(images_u8[i : i + batch])).numpy() for i in range(0, len(images_u8), batch)]
+    return np.concatenate(parts) if parts else np.zeros((0, CLASS_COUNT), np.float32)
+
+
+def weights_sha256(named_arrays: Iterable[tuple[str, np.ndarray]]) -> str:
+    """The identity of a model: one hash over name, type, shape and bytes of each weight in order."""
+    digest = hashlib.sha256()
+    for name, array in named_arrays:
+        digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def model_sha256(model: keras.Model) -> str:
+    """``weights_sha256`` of a Keras model."""
+    return weights_sha256((w.path, np.asarray(w)) for w in model.weights)

@@ -1,0 +1,243 @@
+"""What `params.yaml` may say. Every key is known and checked; an unknown or contradictory one is refused by name."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from digits.errors import DigitsError
+
+PARAMS_FILE = "params.yaml"
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class BadParams(DigitsError):
+    """params.yaml is missing, is not YAML, or says something that is not allowed."""
+
+    code = "bad_params"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ValidateParams(_Section):
+    """What the raw data must look like."""
+
+    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+    """File name -> SHA-256 of the very data meant; an empty mapping checks only what the data look like."""
+    train_images: int = Field(gt=0)
+    test_images: int = Field(gt=0)
+    class_share: tuple[Share, Share]
+    """Least and greatest share of each digit in a split."""
+    ink_share: tuple[Share, Share]
+    """Bounds of a split's mean of pixel / 255."""
+    min_image_ink_px: float = Field(ge=0.0)
+    """Ink of the faintest image, as a number of fully inked pixels."""
+    max_duplicates_within: int = Field(ge=0)
+    max_duplicates_across: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        for name in ("class_share", "ink_share"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise _contradiction(name, [low, high], "two numbers, the smaller first")
+        return self
+
+
+class PrepareParams(_Section):
+    """How the training file is split."""
+
+    validation_images: int = Field(ge=10)
+    samples_per_class: int = Field(ge=1, le=50)
+
+
+class ModelParams(_Section):
+    """The multilayer perceptron: hidden layers of dense, normalisation, activation, dropout; then ten logits."""
+
+    hidden_widths: tuple[Annotated[int, Field(ge=1, le=16384)], ...] = Field(min_length=1)
+    activation: Literal["relu", "gelu", "silu", "elu", "tanh"]
+    normalisation: Literal["batch", "layer", "none"]
+    dropout: Rate
+    l2: float = Field(ge=0.0)
+
+
+class TrainParams(_Section):
+    """How the perceptron is fitted."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    optimiser: Literal["adamw", "adam", "sgd"]
+    learning_rate: float = Field(gt=0.0)
+    schedule: Literal["one_cycle", "cosine", "constant"]
+    warmup_share: Rate
+    weight_decay: float = Field(ge=0.0)
+    momentum: Rate
+    label_smoothing: Rate
+    average_share: Rate
+    precision: Literal["auto", "float32", "mixed_bfloat16"]
+
+    @model_validator(mode="after")
+    def _settings_belong_to_the_optimiser(self) -> Self:
+        if self.weight_decay > 0 and self.optimiser != "adamw":
+            raise _contradiction(
+                "weight_decay", self.weight_decay, f"0 with optimiser {self.optimiser} (only adamw decays)"
+            )
+        if self.momentum > 0 and self.optimiser != "sgd":
+            raise _contradiction("momentum", self.momentum, f"0 with optimiser {self.optimiser} (only sgd has it)")
+        return self
+
+
+class AugmentParams(_Section):
+    """How far training images are deformed; all 0 is off."""
+
+    rotation_rad: float = Field(ge=0.0, le=3.15)
+    scale: Rate
+    shear: float = Field(ge=0.0, le=2.0)
+    shift_px: float = Field(ge=0.0, le=14.0)
+    elastic_px: float = Field(ge=0.0, le=10.0)
+    elastic_sigma_px: float = Field(ge=2.0, le=20.0)
+
+    @property
+    def is_off(self) -> bool:
+        """True when images are to stay as they are."""
+        return not any((self.rotation_rad, self.scale, self.shear, self.shift_px, self.elastic_px))
+
+
+class EvaluateParams(_Section):
+    """What the pictures of the evaluation show."""
+
+    reliability_bins: int = Field(ge=2, le=100)
+    gallery_images: int = Field(ge=1, le=200)
+
+
+class GateParams(_Section):
+    """What a candidate must reach to be published."""
+
+    min_accuracy: Share
+    min_macro_f1: Share
+    min_class_recall: Share
+    max_ece: Share
+    max_accuracy_drop: Share
+    """Against the published version, on the same test images."""
+
+
+class ExportParams(_Section):
+    """What is packed beside the model."""
+
+    golden_images: int = Field(ge=1, le=1000)
+    warmup_batch_sizes: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(min_length=1)
+
+
+class Params(_Section):
+    """The whole of params.yaml, with the chosen profile applied."""
+
+    seed: int = Field(ge=0, lt=2**31)
+    profile: str
+    validate_: ValidateParams = Field(alias="validate")
+    prepare: PrepareParams
+    model: ModelParams
+    train: TrainParams
+    augment: AugmentParams
+    evaluate: EvaluateParams
+    gate: GateParams
+    export: ExportParams
+    profiles: dict[str, dict[Literal["model", "train", "augment"], dict[str, Any]]]
+
+    @model_validator(mode="after")
+    def _regularised_once(self) -> Self:
+        if self.model.l2 > 0 and self.train.weight_decay > 0:
+            raise _contradiction(
+                "model.l2", self.model.l2, "0 while train.weight_decay is above 0 (choose one of them)"
+            )
+        return self
+
+
+def load_params(path: Path) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        BadParams: naming the key, the value that came and what is allowed.
+    """
+    try:
+        # The parser that DVC uses, so that both read the same numbers (to YAML 1.1, 3e-3 is text).
+        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise BadParams(
+            f"cannot read {path}: {err.strerror or err}. Run from the repository root, or give --root."
+        ) from err
+    except (YAMLError, UnicodeDecodeError) as err:
+        raise BadParams(f"{path} is not YAML: {' '.join(str(err).split())}") from err
+    if not isinstance(raw, dict):
+        raise BadParams(f"{path} must hold the sections {', '.join(_allowed_keys(Params))}; it holds {_short(raw)}")
+    try:
+        return Params.model_validate(_apply_profile(raw))
+    except ValidationError as err:
+        problems = "; ".join(_describe(e) for e in err.errors())
+        raise BadParams(f"{path}: {problems}") from err
+
+
+def _apply_profile(raw: dict[str, Any]) -> dict[str, Any]:
+    """Lay the chosen profile's values over the sections."""
+    profiles = raw.get("profiles")
+    if not isinstance(profiles, dict) or "profile" not in raw:
+        return raw  # pydantic names what is missing
+    name = raw["profile"]
+    if name not in profiles:
+        raise BadParams(
+            f"profile is {_short(name)}; it must be one of {', '.join(map(str, profiles))} (see `profiles`)"
+        )
+    merged = dict(raw)
+    for section, values in (profiles[name] or {}).items():
+        if isinstance(values, dict) and isinstance(raw.get(section), dict):
+            merged[section] = {**raw[section], **values}
+    merged["profiles"] = {key: value or {} for key, value in profiles.items()}
+    return merged
+
+
+def _contradiction(name: str, value: object, allowed: str) -> PydanticCustomError:
+    facts = {"name": name, "value": value, "allowed": allowed}
+    return PydanticCustomError("contradiction", "{name} is {value}; allowed: {allowed}", facts)
+
+
+def _describe(error: Any) -> str:
+    """One pydantic error as `key is VALUE; allowed: …`."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "contradiction":
+        context = error["ctx"]
+        section = f"{key}." if key else ""
+        return f"{section}{context['name']} is {context['value']}; allowed: {context['allowed']}"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    if error["type"] == "extra_forbidden":
+        return (
+            f"{key} is not a known key (it is {_short(error['input'])}); allowed: {', '.join(_siblings(error['loc']))}"
+        )
+    return f"{key} is {_short(error['input'])}; allowed: {error['msg'].removeprefix('Input should be ')}"
+
+
+def _siblings(location: tuple[Any, ...]) -> list[str]:
+    """The keys that are known where an unknown one stood."""
+    section: Any = Params
+    for part in location[:-1]:
+        fields = {f.alias or name: f for name, f in section.model_fields.items()}
+        field = fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        section = field.annotation
+    return _allowed_keys(section)
+
+
+def _allowed_keys(section: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

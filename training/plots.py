@@ -1,0 +1,116 @@
+"""The pictures of the data and of the evaluation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+from digits.contract import CLASS_COUNT
+from training.figures import BLUE, GREY, STYLE, new_figure, save_figure
+
+
+@mpl.rc_context(STYLE)
+def draw_samples(path: Path, images: np.ndarray, labels: np.ndarray, per_class: int, title: str) -> None:
+    """A row of images for each digit, ink black on white as people know it."""
+    figure = new_figure(0.55 * per_class + 0.9, 0.58 * CLASS_COUNT + 0.7)
+    axes = figure.subplots(CLASS_COUNT, per_class, squeeze=False)
+    for digit in range(CLASS_COUNT):
+        members = np.flatnonzero(labels == digit)[:per_class]
+        for column in range(per_class):
+            axis = axes[digit, column]
+            axis.set_axis_off()
+            if column < len(members):
+                axis.imshow(images[members[column]], cmap="gray_r", vmin=0, vmax=255)
+        axes[digit, 0].text(
+            -0.45, 0.5, str(digit), transform=axes[digit, 0].transAxes, ha="right", va="center", size=13
+        )
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+@mpl.rc_context(STYLE)
+def draw_confusion(path: Path, confusion: np.ndarray, title: str) -> None:
+    """The confusion matrix (10, 10), rows true, columns predicted. Colour is for the mistakes alone."""
+    figure = new_figure(7.2, 6.6)
+    axis = figure.subplots()
+    mistakes = confusion.astype(float)
+    np.fill_diagonal(mistakes, 0.0)
+    axis.imshow(mistakes, cmap="Oranges", vmin=0, vmax=max(1.0, mistakes.max()))
+    for true in range(CLASS_COUNT):
+        for predicted in range(CLASS_COUNT):
+            count = confusion[true, predicted]
+            if true == predicted:
+                axis.add_patch(_square(predicted, true))
+            if count:
+                strong = true != predicted and count > 0.6 * mistakes.max()
+                axis.text(
+                    predicted, true, f"{count}", ha="center", va="center", color="white" if strong else "black", size=9
+                )
+    axis.set(xlabel="predicted", ylabel="true")
+    figure.suptitle(title, size=11)
+    axis.set_xticks(range(CLASS_COUNT))
+    axis.set_yticks(range(CLASS_COUNT))
+    axis.grid(visible=False)
+    save_figure(figure, path)
+
+
+@mpl.rc_context(STYLE)
+def draw_mistakes(
+    path: Path, images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, limit: int, title: str
+) -> None:
+    """The misread images, the surest mistakes first: true digit, what was read, and how sure."""
+    predicted = probabilities.argmax(axis=1)
+    wrong = np.flatnonzero(predicted != labels)
+    wrong = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:limit]
+    columns = 10
+    rows = max(1, -(-len(wrong) // columns))
+    figure = new_figure(columns * 1.05, rows * 1.38 + 0.6)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, index in zip(axes.flat, wrong, strict=False):
+        axis.imshow(images[index], cmap="gray_r", vmin=0, vmax=255)
+        axis.set_anchor("N")
+        read = predicted[index]
+        axis.set_title(f"{labels[index]} read as {read}\n{probabilities[index, read]:.0%}  #{index}", size=7.5)
+    if not len(wrong):
+        axes[0, 0].text(0, 0.5, "no mistakes", transform=axes[0, 0].transAxes)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+@mpl.rc_context(STYLE)
+def draw_reliability(path: Path, bins: Sequence[dict[str, float]], ece: float, count: int) -> None:
+    """How often the answer was right for how sure the model said it was, above how many answers fell in each bin."""
+    figure = new_figure(6.2, 6.4)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    middles = [(b["low"] + b["high"]) / 2 for b in bins]
+    widths = [b["high"] - b["low"] for b in bins]
+    filled = [b for b in bins if b["count"]]
+    upper.plot([0, 1], [0, 1], color=GREY, ls="--", label="as sure as right")
+    upper.errorbar(
+        [b["confidence"] for b in filled],
+        [b["accuracy"] for b in filled],
+        yerr=[
+            [b["accuracy"] - b["accuracy_low"] for b in filled],
+            [b["accuracy_high"] - b["accuracy"] for b in filled],
+        ],
+        color=BLUE, fmt="o-", ms=5, lw=1.2, elinewidth=1, capsize=3, label="answers, with 95 % interval",
+    )  # fmt: skip
+    upper.set(
+        ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.02), title=f"Reliability: ECE {ece:.4f} (n = {count:,})"
+    )
+    upper.legend(frameon=False, loc="upper left")
+    lower.bar(middles, [b["count"] for b in bins], width=widths, color=BLUE, edgecolor="white")
+    lower.set_yscale("symlog", linthresh=1)
+    lower.set_ylim(bottom=0)
+    lower.set(xlabel="confidence of the answer", ylabel="answers (log)")
+    save_figure(figure, path)
+
+
+def _square(column: int, row: int) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="#eef3f9", edgecolor="none")

@@ -1,0 +1,58 @@
+"""Split the raw data once and for all: train, validation, and a sealed test split.
+
+The seal is the test split's hash in summary.json. Only `evaluate` reads the test split (and `gate`, when the published
+version was measured on another one); nothing is fitted, chosen or calibrated on it.
+"""
+
+import numpy as np
+from rich.console import Console
+
+from digits.contract import CLASS_COUNT
+from training.data import read_raw_split, split_stratified
+from training.params import Params
+from training.plots import draw_samples
+from training.workspace import Split, Workspace, save_split, write_json
+
+
+def prepare(workspace: Workspace, params: Params, console: Console) -> None:
+    """The stage: write train.npz, validation.npz, test.npz, samples.png and summary.json.
+
+    Images stay uint8 (ink 255 on paper 0): scaling is part of the model, so that no caller can forget it.
+    """
+    workspace.artifact("validate", "report.json")  # only validated data is prepared
+    raw = read_raw_split(workspace.raw_dir, "train")
+    test = read_raw_split(workspace.raw_dir, "test")
+    kept, held_out = split_stratified(raw.labels, params.prepare.validation_images, params.seed)
+    splits = {
+        "train": Split(raw.images[kept], raw.labels[kept]),
+        "validation": Split(raw.images[held_out], raw.labels[held_out]),
+        "test": test,
+    }
+    out = workspace.stage_dir("prepare")
+    for name, split in splits.items():
+        save_split(out / f"{name}.npz", split)
+    draw_samples(
+        out / "samples.png",
+        splits["train"].images,
+        splits["train"].labels,
+        params.prepare.samples_per_class,
+        f"The first training images of each digit (n = {len(kept):,})",
+    )
+    write_json(
+        out / "summary.json",
+        {
+            "schema": 1,
+            "splits": {name: _describe(split) for name, split in splits.items()},
+            "test_sha256": test.sha256(),
+            "rules": "uint8 pixels, ink 255 on paper 0; the model scales by 1/255",
+        },
+    )
+    console.print(", ".join(f"{name} {len(split.labels):,}" for name, split in splits.items()))
+
+
+def _describe(split: Split) -> dict[str, object]:
+    return {
+        "images": len(split.labels),
+        "by_digit": np.bincount(split.labels, minlength=CLASS_COUNT).tolist(),
+        "mean_ink_share": round(float(split.images.mean()) / 255, 6),
+    }

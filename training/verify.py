@@ -1,0 +1,68 @@
+"""Load an exported version and ask it: does it still answer as the trained network did? Needs TensorFlow, not Keras."""
+
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from digits import contract
+from digits.errors import DigitsError
+from training.workspace import BadArtifact
+
+GOLDEN_FILE = "assets.extra/golden.npz"
+GOLDEN_TOLERANCE = 1e-4
+"""Greatest difference of a probability between Keras and the SavedModel; rounding alone comes to about 1e-6."""
+
+
+class NotTheSame(DigitsError):
+    """The exported model does not answer as the trained one."""
+
+    code = "not_the_same"
+
+
+def predict_saved_model(folder: Path, images_u8: np.ndarray, batch: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """Ask a SavedModel's serving signature: probabilities float32 (N, 10) and digits int64 (N,) for uint8 (N, 28, 28).
+
+    Raises:
+        BadArtifact: the folder cannot be loaded, or has not the contract's signature.
+    """
+    try:
+        signature = tf.saved_model.load(str(folder)).signatures[contract.SIGNATURE]
+        answers = [
+            signature(**{contract.INPUT_IMAGES: tf.constant(images_u8[i : i + batch])})
+            for i in range(0, len(images_u8), batch)
+        ]
+        probabilities = np.concatenate([a[contract.OUTPUT_PROBABILITIES].numpy() for a in answers])
+        digits = np.concatenate([a[contract.OUTPUT_DIGIT].numpy() for a in answers])
+    except Exception as err:  # each damaged part raises its own kind
+        raise BadArtifact(f"{folder} is no complete version of the model: {_one_line(err)}") from err
+    return probabilities, digits
+
+
+def verify(folder: Path) -> float:
+    """Compare a version folder with its golden answers; return the greatest difference of a probability.
+
+    Raises:
+        BadArtifact: the folder cannot be loaded, or lacks golden answers or the contract's signature.
+        NotTheSame: it answers otherwise than Keras did.
+    """
+    try:
+        with np.load(folder / GOLDEN_FILE, allow_pickle=False) as golden:
+            images, expected = golden["images"], golden["probabilities"]
+    except Exception as err:  # zipfile, zlib and numpy raise their own kinds
+        raise BadArtifact(f"{folder} has no readable {GOLDEN_FILE}: {_one_line(err)}") from err
+    probabilities, digits = predict_saved_model(folder, images)
+    same_shape = probabilities.shape == expected.shape
+    difference = float(np.abs(probabilities - expected).max()) if same_shape else float("inf")
+    # Written so that NaN fails.
+    if not difference <= GOLDEN_TOLERANCE or not np.array_equal(digits, expected.argmax(axis=1)):
+        raise NotTheSame(
+            f"{folder} answers otherwise than Keras did: probabilities differ by {difference:.2g}, at most "
+            f"{GOLDEN_TOLERANCE} is allowed, and every digit must be the same. Export again with `dvc repro -f export`."
+        )
+    return difference
+
+
+def _one_line(err: Exception) -> str:
+    text = " ".join(str(err).split())
+    return f"{type(err).__name__}: {text[:200]}"
