@@ -1,0 +1,47 @@
+"""Warm-up: a version's own requests, ``assets.extra/tf_serving_warmup_requests``, are run before it serves."""
+
+from pathlib import Path
+
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorflow_serving.apis import prediction_log_pb2
+
+from serving.model_server import tensors
+from serving.model_server.errors import Code, ServingError, invalid_argument
+from serving.model_server.saved_model import SavedModel
+
+FILE = Path("assets.extra/tf_serving_warmup_requests")
+MAX_RECORDS = 1000
+
+
+def replay(model: SavedModel, iterations: int = 1) -> int:
+    """Run the records of a version, each ``iterations`` times; the number of records, 0 without the file.
+
+    Raises:
+        ServingError: the file is damaged or holds too many records, or the model fails on one of them.
+    """
+    path = model.path / FILE
+    if not path.is_file():
+        return 0
+    count = 0
+    try:
+        for record in tf.compat.v1.io.tf_record_iterator(str(path)):
+            count += 1
+            if count > MAX_RECORDS:
+                raise invalid_argument(f"Number of warmup records exceeds the maximum ({MAX_RECORDS}) at {path}")
+            for _ in range(iterations):
+                _run(model, prediction_log_pb2.PredictionLog.FromString(record))
+    except tf.errors.OpError as err:
+        raise ServingError(Code.DATA_LOSS, f"{FILE} is damaged: {err.message}") from err
+    except DecodeError as err:
+        raise ServingError(Code.DATA_LOSS, f"{FILE}: record {count} is no PredictionLog") from err
+    return count
+
+
+def _run(model: SavedModel, log: prediction_log_pb2.PredictionLog) -> None:
+    kind = log.WhichOneof("log_type")
+    if kind != "predict_log":
+        return  # other methods are not served, so there is nothing of theirs to warm
+    request = log.predict_log.request
+    inputs = {alias: tensors.to_array(proto, alias) for alias, proto in request.inputs.items()}
+    model.run(request.model_spec.signature_name, inputs, list(request.output_filter))
