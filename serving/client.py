@@ -1,0 +1,267 @@
+"""Client of the gateway, for Python and the command line: ``python -m serving.client classify seven.png [--grpc]``."""
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, Final, NamedTuple, Self
+
+import grpc
+import httpx
+import orjson
+import stamina
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from digits import errors
+from digits.errors import DigitsError, ModelUnavailable, Overloaded, UpstreamTimeout
+from serving.protos import digits_pb2 as pb
+from serving.protos import digits_pb2_grpc
+
+DEFAULT_URL: Final = "http://127.0.0.1:8080"
+DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
+PARALLEL: Final = 8
+"""Files that the command line sends at once."""
+
+
+class Reading(NamedTuple):
+    """One digit that was read; ``probabilities`` are ten, for the digits 0 to 9."""
+
+    digit: int
+    confidence: float
+    probabilities: tuple[float, ...]
+    model_version: str
+    request_id: str
+
+
+class GatewayError(DigitsError):
+    """The gateway answered an error that this client has no class for, or something that is no answer of a gateway."""
+
+
+class GatewayUnreachable(ModelUnavailable):
+    """No connection to the gateway."""
+
+
+class _Client:
+    """What both transports share: retries of what may pass, and closing."""
+
+    def __init__(self, timeout_s: float, attempts: int) -> None:
+        self._timeout_s = timeout_s
+        self._retry = stamina.RetryingCaller(
+            attempts=attempts, timeout=2 * timeout_s * attempts, wait_initial=0.1, wait_max=2.0, wait_jitter=0.2
+        ).on(_worth_another_try)
+
+    def classify(self, picture: bytes) -> Reading:
+        """Read the digit in a picture.
+
+        Args:
+            picture: A PNG, JPEG, … file's bytes, or the 784 bytes of a canonical image (ink 255 on paper 0).
+
+        Raises:
+            DigitsError: BadImage, TooLarge, Overloaded, ModelUnavailable, UpstreamTimeout, … as the gateway said. The
+                last three only after several attempts.
+        """
+        return self._retry(self._classify_once, picture)
+
+    def close(self) -> None:
+        """Close connections."""
+        raise NotImplementedError
+
+    def _classify_once(self, picture: bytes) -> Reading:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RestClient(_Client):
+    """Speaks REST. May be used from several threads.
+
+    Args:
+        url: Address of the gateway, such as ``http://localhost:8080``.
+        timeout_s: Longest wait for one answer.
+        attempts: Tries in all.
+    """
+
+    def __init__(self, url: str = DEFAULT_URL, *, timeout_s: float = 10.0, attempts: int = 5) -> None:
+        super().__init__(timeout_s, attempts)
+        self._http = httpx.Client(base_url=url, timeout=timeout_s)
+
+    def close(self) -> None:
+        """Close connections."""
+        self._http.close()
+
+    def _classify_once(self, picture: bytes) -> Reading:
+        url = self._http.base_url
+        try:
+            answer = self._http.post("/classify", content=picture, headers={"content-type": "application/octet-stream"})
+        except httpx.TimeoutException as err:
+            raise UpstreamTimeout(f"the gateway at {url} did not answer within {self._timeout_s:g} s") from err
+        except httpx.TransportError as err:
+            raise GatewayUnreachable(f"the gateway at {url} cannot be reached: {err}") from err
+        try:
+            found = orjson.loads(answer.content)
+            if answer.status_code == 200:
+                return Reading(
+                    digit=found["digit"],
+                    confidence=found["confidence"],
+                    probabilities=tuple(found["probabilities"]),
+                    model_version=found["model_version"],
+                    request_id=found["request_id"],
+                )
+            code, message = found["error"]["code"], found["error"]["message"]
+        except (orjson.JSONDecodeError, KeyError, TypeError) as err:
+            raise GatewayError(f"{url} answered {answer.status_code}, and not as a gateway does: is it one?") from err
+        raise _error(code, message, float(answer.headers.get("retry-after", 1)))
+
+
+class GrpcClient(_Client):
+    """Speaks gRPC. May be used from several threads.
+
+    Args:
+        address: ``host:port`` of the gateway's gRPC port.
+        timeout_s: Deadline of one call.
+        attempts: Tries in all.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float = 10.0, attempts: int = 5) -> None:
+        super().__init__(timeout_s, attempts)
+        self._address = address
+        self._channel = grpc.insecure_channel(address)
+        self._stub = digits_pb2_grpc.DigitsStub(self._channel)
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._channel.close()
+
+    def _classify_once(self, picture: bytes) -> Reading:
+        try:
+            found = self._stub.Classify(pb.ClassifyRequest(image=picture), timeout=self._timeout_s)
+        except grpc.RpcError as err:
+            raise _rpc_error(err, self._address) from err
+        return Reading(found.digit, found.confidence, tuple(found.probabilities), found.model_version, found.request_id)
+
+
+_BY_CODE: Final[dict[str, type[DigitsError]]] = {
+    kind.code: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, DigitsError) and kind is not DigitsError
+}
+
+_BY_STATUS: Final[dict[grpc.StatusCode, type[DigitsError]]] = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.TooLarge,  # a message over the server's limit
+    grpc.StatusCode.UNIMPLEMENTED: errors.Unimplemented,
+    grpc.StatusCode.DEADLINE_EXCEEDED: UpstreamTimeout,
+}
+
+
+def _error(code: str, message: str, retry_after_s: float) -> DigitsError:
+    kind = _BY_CODE.get(code, GatewayError)
+    return Overloaded(message, retry_after_s) if kind is Overloaded else kind(message)
+
+
+def _rpc_error(err: grpc.RpcError, address: str) -> DigitsError:
+    details = err.details() or err.code().name
+    trailers = dict(err.trailing_metadata() or ())
+    if "x-error-code" in trailers:
+        retry_after_s = float(trailers.get("grpc-retry-pushback-ms", 1000)) / 1000
+        return _error(trailers["x-error-code"], details, retry_after_s)
+    # Not the gateway's own word but its gRPC library's, or this side's.
+    if err.code() is grpc.StatusCode.UNAVAILABLE:
+        return GatewayUnreachable(f"the gateway at {address} cannot be reached: {details}")
+    return _BY_STATUS.get(err.code(), GatewayError)(details)
+
+
+def _worth_another_try(err: Exception) -> bool | float:
+    if isinstance(err, Overloaded):
+        return err.retry_after_s
+    return isinstance(err, ModelUnavailable | UpstreamTimeout)
+
+
+# --- the command line ---
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _root() -> None:
+    """Client of the digits gateway."""
+
+
+@app.command()
+def classify(
+    files: Annotated[list[Path], typer.Argument(help="Pictures of one digit each, or raw files of 784 bytes.")],
+    use_grpc: Annotated[bool, typer.Option("--grpc", help="Speak gRPC instead of REST.")] = False,
+    url: Annotated[str, typer.Option(envvar="DIGITS_URL", help="Address of REST.")] = DEFAULT_URL,
+    address: Annotated[str, typer.Option(envvar="DIGITS_ADDRESS", help="host:port of gRPC.")] = DEFAULT_ADDRESS,
+    timeout_s: Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds for one answer.")] = 10.0,
+    attempts: Annotated[int, typer.Option(min=1, help="Tries for each file when the service is busy or away.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Read the digit in each picture. Exits with 1 if any could not be read."""
+    failed = 0
+    stamina.instrumentation.set_on_retry_hooks([])  # they log to standard output, where the answers go
+    with ExitStack() as stack:
+        client: _Client = stack.enter_context(
+            GrpcClient(address, timeout_s=timeout_s, attempts=attempts)
+            if use_grpc
+            else RestClient(url, timeout_s=timeout_s, attempts=attempts)
+        )
+        for file, found in _with_progress(_read_all(client, files), len(files)):
+            failed += isinstance(found, DigitsError)
+            _show(file, found, as_json=as_json)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _read_all(client: _Client, files: list[Path]) -> Iterator[tuple[Path, Reading | DigitsError]]:
+    """Answers in the order of the files, several of them under way at once."""
+
+    def read(file: Path) -> Reading | DigitsError:
+        try:
+            return client.classify(file.read_bytes())
+        except OSError as err:
+            return errors.BadImage(f"cannot read the file: {err.strerror}")
+        except DigitsError as err:
+            return err
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        yield from zip(files, pool.map(read, files), strict=True)
+
+
+def _with_progress(found: Iterator[Any], total: int) -> Iterator[Any]:
+    """A bar on a terminal's standard error, if there is something to wait for."""
+    columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=total < 2 or not console.is_terminal) as progress:
+        task = progress.add_task("reading", total=total)
+        for one in found:
+            progress.advance(task)
+            yield one
+
+
+def _show(file: Path, found: Reading | DigitsError, *, as_json: bool) -> None:
+    if as_json:
+        facts: dict[str, object] = {"file": os.fspath(file)}
+        if isinstance(found, DigitsError):
+            facts["error"] = {"code": found.code, "message": str(found)}
+        else:
+            facts |= found._asdict()
+        print(orjson.dumps(facts).decode())  # noqa: T201 - a command line prints
+    elif isinstance(found, DigitsError):
+        print(f"{file}: {found}", file=sys.stderr)  # noqa: T201
+    else:
+        print(f"{file}\t{found.digit}\t{found.confidence:.2%}\tmodel {found.model_version}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,113 @@
+"""The gateway's parts, put together once and handed to both adapters, and what every request leaves behind."""
+
+import os
+import re
+import time
+from typing import Final
+
+from serving.gateway.logs import Logs
+from serving.gateway.metrics import Metrics
+from serving.gateway.pictures import Pictures
+from serving.gateway.predictor import Answer, Predictor
+from serving.gateway.settings import Settings
+from serving.gateway.upstream import Upstream
+
+_SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+/=@-]{0,127}")
+
+
+class Gateway:
+    """Everything behind REST and gRPC. Create it inside a running event loop.
+
+    Args:
+        settings: What the operator set.
+        logs: Where lines go.
+    """
+
+    def __init__(self, settings: Settings, logs: Logs) -> None:
+        self.settings = settings
+        self.logs = logs
+        self.log = logs.log
+        self.draining = False
+        self.metrics = Metrics()
+        self.upstream = Upstream(settings.upstream, self.metrics, settings.status_poll_s)
+        self.pictures = Pictures(self.metrics, settings.decode_threads, settings.max_waiting_decodes)
+        self.predictor = Predictor(
+            self.upstream.predict,
+            self.metrics,
+            max_batch=settings.max_batch_images,
+            max_calls=settings.max_upstream_calls,
+            max_queue=settings.max_queue_images,
+        )
+
+    async def classify(self, data: bytes, deadline: float) -> Answer:
+        """Read the digit in a picture or 784 raw bytes. The adapters' own way in; REST unrolls it on its lean path.
+
+        Args:
+            data: Encoded picture, or a canonical image's bytes.
+            deadline: ``time.monotonic()`` seconds.
+
+        Raises:
+            DigitsError: Any of them.
+        """
+        image_u8 = self.pictures.read_at_once(data)
+        if image_u8 is None:
+            image_u8 = await self.pictures.read(data)
+        return (await self.predictor.submit(image_u8, 1, deadline))[0]
+
+    def why_not_ready(self) -> str:
+        """Empty when requests can be answered."""
+        if self.draining:
+            return "this gateway is shutting down"
+        return "" if self.upstream.availability.ready else self.upstream.availability.reason
+
+    def finished(
+        self,
+        protocol: str,
+        route: str,
+        code: str,
+        started: float,
+        request_id: str,
+        *,
+        failed: bool = False,
+        model_version: str = "",
+        **fields: object,
+    ) -> None:
+        """Count a request that has ended and write its line.
+
+        Args:
+            protocol: rest or grpc.
+            route: The route's pattern, not the path that was sent.
+            code: HTTP status or gRPC code.
+            started: ``time.monotonic()`` seconds of its beginning.
+            request_id: The one that the client was told.
+            failed: The fault was on our side.
+            model_version: The version that answered, if one did.
+            fields: More for the line.
+        """
+        duration_s = time.monotonic() - started
+        self.metrics.request(protocol, route, code, model_version, duration_s)
+        line: dict[str, object] = {
+            "protocol": protocol,
+            "route": route,
+            "code": code,
+            "ms": round(duration_s * 1000, 3),
+            "request_id": request_id,
+        }
+        if model_version:
+            line["model_version"] = model_version
+        if fields:
+            line.update(fields)
+        self.logs.request(line, failed=failed)
+
+    async def close(self) -> None:
+        """Finish what is under way and let go of the model server."""
+        await self.predictor.close()
+        self.pictures.close()
+        await self.upstream.close()
+
+
+def request_id_from(sent: str | None) -> str:
+    """The client's own request id if it is sane (letters, digits and ``._:+/=@-``, at most 128), else a new one."""
+    if sent is not None and _SANE_REQUEST_ID.fullmatch(sent):
+        return sent
+    return os.urandom(10).hex()

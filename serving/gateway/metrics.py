@@ -1,0 +1,209 @@
+"""What Prometheus sees. One registry an application, so that tests and several applications do not meet.
+
+Labels are bounded: route patterns, codes, model versions; never what a user sent.
+"""
+
+import platform
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+
+from digits import contract
+
+VERSION: Final = "0.1.0"
+
+DURATION_BUCKETS_S: Final = (
+    0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+"""A small model answers in one or two milliseconds; alarms sit at tens and hundreds."""
+
+BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+CONFIDENCE_BUCKETS: Final = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
+
+MAX_VERSIONS: Final = 32
+"""Model versions that get a label of their own in one process' life; later ones share ``other``."""
+
+
+class Metrics:
+    """All metrics of one gateway, and the few calls that change them."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._requests = _Requests()
+        self._predictions = _Predictions()
+        self.registry.register(self._requests)
+        self.registry.register(self._predictions)
+        self._versions: set[str] = set()
+
+        self._in_flight = self._gauge("digits_requests_in_flight", "Requests under way, by protocol.", ["protocol"])
+        self._queued = self._gauge("digits_queue_images", "Images that wait to go upstream.")
+        self._calls = self._gauge("digits_upstream_calls_in_flight", "Calls under way at the model server.")
+        self._ready = self._gauge("digits_upstream_ready", "1 when the model server has a version to serve, else 0.")
+        self._decodes = self._gauge("digits_decodes_in_flight", "Large pictures being decoded or waiting for a thread.")
+        build = self._gauge("digits_build_info", "Always 1; its labels say what runs.", ["version", "python"])
+        build.labels(VERSION, platform.python_version()).set(1)
+
+        self._shed = self._counter("digits_shed", "Requests refused because of too much work.", ["reason"])
+        self._upstream_calls = self._counter("digits_upstream_calls", "Calls to the model server, by code.", ["code"])
+        self._upstream_errors = self._counter("digits_upstream_errors", "Failed model server calls, by code.", ["code"])
+        self._upstream_s = self._histogram(
+            "digits_upstream_duration_seconds", "Time of one model server call that succeeded.", DURATION_BUCKETS_S
+        )
+        self._batch_images = self._histogram("digits_batch_images", "Images in one model server call.", BATCH_BUCKETS)
+        self._queue_wait_s = self._histogram(
+            "digits_queue_wait_seconds", "Wait of the oldest image of each model server call.", DURATION_BUCKETS_S
+        )
+        for reason in ("queue_full", "decodes_full"):
+            self._shed.labels(reason)
+
+    def request(self, protocol: str, route: str, code: str, model_version: str, duration_s: float) -> None:
+        """One request has ended. ``code``: HTTP status or gRPC code; ``model_version``: empty if none answered."""
+        self._requests.add((protocol, route, code, self._bounded(model_version)), duration_s)
+
+    def predictions(self, digits: NDArray[np.int64], confidences: NDArray[np.float32], model_version: str) -> None:
+        """The model has answered: digits int (N,), confidences float32 (N,)."""
+        self._predictions.add(self._bounded(model_version), digits, confidences)
+
+    def batch(self, images: int, oldest_wait_s: float) -> None:
+        """A call with ``images`` images goes upstream; its oldest one has waited ``oldest_wait_s``."""
+        self._batch_images.observe(images)
+        self._queue_wait_s.observe(oldest_wait_s)
+
+    def upstream_call(self, code: str, duration_s: float) -> None:
+        """A call to the model server has ended with this gRPC code."""
+        self._upstream_calls.labels(code).inc()
+        if code == "OK":
+            self._upstream_s.observe(duration_s)
+        else:
+            self._upstream_errors.labels(code).inc()
+
+    def upstream_ready(self, ready: bool) -> None:
+        """The model server's availability has changed."""
+        self._ready.set(ready)
+
+    def shed(self, reason: str) -> None:
+        """A request was refused for too much work."""
+        self._shed.labels(reason).inc()
+
+    def watch_requests(self, protocol: str, in_flight: Callable[[], float]) -> None:
+        """Have the number of requests under way read at each scrape."""
+        self._in_flight.labels(protocol).set_function(in_flight)
+
+    def watch_predictor(self, queued_images: Callable[[], float], calls: Callable[[], float]) -> None:
+        """Have the queue's length and the calls under way read at each scrape."""
+        self._queued.set_function(queued_images)
+        self._calls.set_function(calls)
+
+    def watch_decodes(self, in_flight: Callable[[], float]) -> None:
+        """Have the number of pictures being decoded read at each scrape."""
+        self._decodes.set_function(in_flight)
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """Body and content type of ``/metrics``: Prometheus' text, or OpenMetrics where ``accept`` asks for it."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def _bounded(self, version: str) -> str:
+        if version in self._versions or not version:
+            return version
+        if len(self._versions) < MAX_VERSIONS:
+            self._versions.add(version)
+            return version
+        return "other"
+
+    def _gauge(self, name: str, text: str, labels: list[str] | None = None) -> Gauge:
+        return Gauge(name, text, labels or [], registry=self.registry)
+
+    def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, buckets=buckets, registry=self.registry)
+
+
+class _Buckets:
+    """Counts of a histogram. The library's observe() takes a lock and walks all buckets; only one loop adds here."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        total = 0
+        rows = []
+        for bound, count in zip((*map(str, map(float, self.bounds)), "+Inf"), self.counts, strict=True):
+            total += count
+            rows.append((bound, float(total)))
+        return rows
+
+
+class _Requests:
+    """Requests and their durations by protocol, route, code and model version."""
+
+    LABELS: Final = ("protocol", "route", "code", "model_version")
+
+    def __init__(self) -> None:
+        self._series: dict[tuple[str, str, str, str], _Buckets] = {}
+
+    def add(self, labels: tuple[str, str, str, str], duration_s: float) -> None:
+        series = self._series.get(labels)
+        if series is None:
+            series = self._series[labels] = _Buckets(DURATION_BUCKETS_S)
+        series.counts[bisect_left(DURATION_BUCKETS_S, duration_s)] += 1
+        series.sum += duration_s
+
+    def collect(self) -> Iterator[Metric]:
+        total = CounterMetricFamily("digits_requests", "Requests answered, by code.", labels=self.LABELS)
+        duration = HistogramMetricFamily(
+            "digits_request_duration_seconds", "Time from a request's headers to its answer.", labels=self.LABELS
+        )
+        for labels, series in self._series.items():
+            buckets = series.cumulative()
+            total.add_metric(labels, buckets[-1][1])
+            duration.add_metric(labels, buckets, series.sum)
+        yield total
+        yield duration
+
+
+class _Predictions:
+    """Digits read and how sure the model was, by model version."""
+
+    BOUNDS: Final = np.array(CONFIDENCE_BUCKETS, np.float32)
+
+    def __init__(self) -> None:
+        self._digits: dict[str, NDArray[Any]] = {}  # (10,) counts
+        self._confidences: dict[str, tuple[NDArray[Any], list[float]]] = {}  # (buckets + 1,) counts, [sum]
+
+    def add(self, version: str, digits: NDArray[np.int64], confidences: NDArray[np.float32]) -> None:
+        if version not in self._digits:
+            self._digits[version] = np.zeros(contract.CLASS_COUNT, np.int64)
+            self._confidences[version] = np.zeros(len(self.BOUNDS) + 1, np.int64), [0.0]
+        self._digits[version] += np.bincount(digits, minlength=contract.CLASS_COUNT)
+        counts, total = self._confidences[version]
+        counts += np.bincount(np.searchsorted(self.BOUNDS, confidences), minlength=len(counts))
+        total[0] += float(confidences.sum(dtype=np.float64))
+
+    def collect(self) -> Iterator[Metric]:
+        read = CounterMetricFamily(
+            "digits_predictions", "Images by the digit that was read.", labels=("digit", "model_version")
+        )
+        confidence = HistogramMetricFamily(
+            "digits_prediction_confidence", "Probability of the digit that was read.", labels=("model_version",)
+        )
+        names = [*map(str, CONFIDENCE_BUCKETS), "+Inf"]
+        for version, digits in self._digits.items():
+            for digit, count in enumerate(digits.tolist()):
+                read.add_metric((str(digit), version), count)
+            counts, total = self._confidences[version]
+            confidence.add_metric((version,), list(zip(names, np.cumsum(counts).tolist(), strict=True)), total[0])
+        yield read
+        yield confidence

@@ -1,0 +1,232 @@
+"""Images in, answers out, whatever the transport. Coalesces calls, keeps deadlines, refuses what it cannot do in time.
+
+A call to the model server costs far more than the model does for one image. So calls that arrive while earlier ones are
+under way wait together and go upstream as one, bounded in size. No timer holds a call back: when nothing is under way
+it goes at once, and batches grow only as load does.
+"""
+
+import asyncio
+import copy
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from digits import contract
+from digits.errors import DigitsError, ModelUnavailable, Overloaded, UpstreamTimeout
+from serving.gateway.metrics import Metrics
+from serving.gateway.upstream import Predictions
+
+EXPIRY_TICK_S = 0.01
+"""A caller learns within this time that its deadline has passed."""
+
+
+class Answer(NamedTuple):
+    """One image's answer. ``confidence`` is the probability of ``digit``; the ten ``probabilities`` sum to 1."""
+
+    digit: int
+    confidence: float
+    probabilities: list[float]
+    model_version: str
+
+
+class Waiting(asyncio.Future[list[Answer]]):
+    """A caller's place; awaited, its answers, one for each image. Cancel it, or the task that awaits it, to leave."""
+
+    def __init__(self, owner: "Predictor", images_u8: bytes, count: int, arrived: float, deadline: float) -> None:
+        super().__init__(loop=owner.loop)
+        self.owner = owner
+        self.images_u8 = images_u8
+        self.count = count
+        self.arrived = arrived
+        self.deadline = deadline
+
+    def cancel(self, msg: object = None) -> bool:
+        """Leave; a place in the queue is free at once."""
+        self.owner.leave(self)
+        return super().cancel(msg)
+
+
+class Predictor:
+    """The service behind every adapter. Create it inside a running event loop.
+
+    Args:
+        predict: ``(images_u8, count, deadline) -> Predictions``: one upstream call.
+        metrics: Where waits, batches, refusals and answers are counted.
+        max_batch: Most images in one upstream call; a single caller with more goes alone.
+        max_calls: Most upstream calls under way at once.
+        max_queue: Most images waiting.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[bytes, int, float], Awaitable[Predictions]],
+        metrics: Metrics,
+        *,
+        max_batch: int = 128,
+        max_calls: int = 2,
+        max_queue: int = 1024,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.queued_images = 0
+        self._predict = predict
+        self._metrics = metrics
+        self._max_batch = max_batch
+        self._max_calls = max_calls
+        self._max_queue = max_queue
+        self._queue: OrderedDict[Waiting, None] = OrderedDict()
+        self._calls: dict[asyncio.Task[None], list[Waiting]] = {}
+        self._dispatch_is_due = False
+        self._ticking = False
+        self._images_per_s = 0.0
+        self._closed = False
+        metrics.watch_predictor(lambda: self.queued_images, lambda: len(self._calls))
+
+    def submit(self, images_u8: bytes, count: int, deadline: float) -> Waiting:
+        """Take a place for ``count`` images (``count * 784`` bytes); await what comes back for their answers.
+
+        Args:
+            images_u8: Canonical images, one after another.
+            count: How many, at least 1.
+            deadline: ``time.monotonic()`` seconds. Once it has passed the images are never sent upstream.
+
+        Raises:
+            UpstreamTimeout: The deadline has passed already.
+            Overloaded: Too many images wait.
+            ModelUnavailable: The gateway is shutting down.
+
+        What is awaited raises these too, and whatever else the upstream call did.
+        """
+        if len(images_u8) != count * contract.IMAGE_BYTES or count < 1:
+            raise ValueError(f"expected {count} images of {contract.IMAGE_BYTES} bytes, came {len(images_u8)} bytes")
+        now = time.monotonic()
+        if deadline <= now:
+            raise _expired()
+        if self._closed:
+            raise ModelUnavailable("this gateway is shutting down; try again")
+        if self.queued_images and self.queued_images + count > self._max_queue:
+            self._metrics.shed("queue_full")
+            raise Overloaded(f"{self.queued_images} images are waiting already; try again later", self._retry_after_s())
+        waiting = Waiting(self, images_u8, count, now, deadline)
+        self._queue[waiting] = None
+        self.queued_images += count
+        self._wake()
+        return waiting
+
+    def leave(self, waiting: Waiting) -> None:
+        """Free the place of a caller that has gone."""
+        if waiting in self._queue:
+            del self._queue[waiting]
+            self.queued_images -= waiting.count
+
+    async def close(self) -> None:
+        """Refuse new calls and wait for those that are in."""
+        self._closed = True
+        while self._calls or self._dispatch_is_due:
+            await asyncio.gather(*self._calls, asyncio.sleep(0), return_exceptions=True)
+
+    def _wake(self) -> None:
+        if not self._dispatch_is_due and len(self._calls) < self._max_calls:
+            # Not now but after all that this turn of the loop has read: calls that came together go together.
+            self._dispatch_is_due = True
+            self.loop.call_soon(self._dispatch)
+        if not self._ticking:
+            self._ticking = True
+            self.loop.call_later(EXPIRY_TICK_S, self._tick)
+
+    def _dispatch(self) -> None:
+        self._dispatch_is_due = False
+        while self._queue and len(self._calls) < self._max_calls:
+            batch = self._next_batch()
+            if batch:
+                task = self.loop.create_task(self._call(batch))
+                self._calls[task] = batch
+
+    def _next_batch(self) -> list[Waiting]:
+        now = time.monotonic()
+        batch: list[Waiting] = []
+        count = 0
+        while self._queue:
+            first = next(iter(self._queue))
+            if batch and count + first.count > self._max_batch:
+                break
+            self._queue.popitem(last=False)
+            self.queued_images -= first.count
+            if first.deadline <= now:
+                first.set_exception(_expired())
+            else:
+                batch.append(first)
+                count += first.count
+        if batch:
+            self._metrics.batch(count, now - batch[0].arrived)
+        return batch
+
+    async def _call(self, batch: list[Waiting]) -> None:
+        started = time.monotonic()
+        count = sum(waiting.count for waiting in batch)
+        try:
+            images_u8 = b"".join([waiting.images_u8 for waiting in batch])
+            found = await self._predict(images_u8, count, max(waiting.deadline for waiting in batch))
+            self._answer(batch, found)
+        except DigitsError as err:
+            _fail(batch, err)
+        except BaseException as err:
+            # A defect: each caller's adapter logs it and answers "internal error".
+            _fail(batch, RuntimeError("the upstream call failed").with_traceback(None), err)
+            if not isinstance(err, Exception):
+                raise
+        finally:
+            del self._calls[asyncio.current_task()]  # type: ignore[arg-type]
+            rate = count / max(time.monotonic() - started, 1e-6)
+            self._images_per_s = rate if not self._images_per_s else 0.8 * self._images_per_s + 0.2 * rate
+            if self._queue:
+                self._wake()
+
+    def _answer(self, batch: list[Waiting], found: Predictions) -> None:
+        rows = found.probabilities  # (N, 10)
+        digits = rows.argmax(axis=1)  # (N,)
+        confidences = rows.max(axis=1)  # (N,)
+        self._metrics.predictions(digits, confidences, found.model_version)
+        version = found.model_version
+        answers = [
+            Answer(digit, confidence, row, version)
+            for digit, confidence, row in zip(digits.tolist(), confidences.tolist(), rows.tolist(), strict=True)
+        ]
+        start = 0
+        for waiting in batch:
+            stop = start + waiting.count
+            if not waiting.done():
+                waiting.set_result(answers[start:stop])
+            start = stop
+
+    def _tick(self) -> None:
+        """Tell callers whose deadline has passed. One timer for all is cheaper than a timer for each."""
+        now = time.monotonic()
+        for waiting in [waiting for waiting in self._queue if waiting.deadline <= now]:
+            self.leave(waiting)
+            waiting.set_exception(_expired())
+        for batch in self._calls.values():
+            for waiting in batch:
+                if waiting.deadline <= now and not waiting.done():
+                    waiting.set_exception(_expired())
+        self._ticking = bool(self._queue or self._calls)
+        if self._ticking:
+            self.loop.call_later(EXPIRY_TICK_S, self._tick)
+
+    def _retry_after_s(self) -> float:
+        """About how long it takes until the queue as it is now has been worked off."""
+        rate = self._images_per_s * self._max_calls
+        return min(60.0, max(1.0, math.ceil(self.queued_images / rate))) if rate else 1.0
+
+
+def _expired() -> UpstreamTimeout:
+    return UpstreamTimeout("the model did not answer before the deadline; try again, or allow more time")
+
+
+def _fail(batch: list[Waiting], err: Exception, cause: BaseException | None = None) -> None:
+    for waiting in batch:
+        if not waiting.done():
+            own = copy.copy(err)  # an exception gathers the traceback of everyone who raises it
+            own.__cause__ = cause or err
+            waiting.set_exception(own)

@@ -1,0 +1,504 @@
+"""REST: only translates, and owns the HTTP error table. Plain ASGI, so that ``/classify`` costs little over nothing."""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, NamedTuple
+
+import orjson
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from digits import contract
+from digits.errors import (
+    BadImage,
+    BadRequest,
+    DigitsError,
+    ModelUnavailable,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    TooLarge,
+    Unauthenticated,
+    Unimplemented,
+    UnsupportedMediaType,
+    UpstreamTimeout,
+)
+from serving.gateway.app import Gateway, request_id_from
+from serving.gateway.docs import CSS, render_docs
+from serving.gateway.page_files import PageFile, read_page
+from serving.gateway.schema import ROUTES, PassedThroughError, Route, openapi_document
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+ON_DISCONNECT: Final = "digits.on_disconnect"
+"""Key of the scope under which a request leaves what is to be called when its client hangs up."""
+
+
+CORK: Final = "digits.cork"
+"""Key of the scope under which the server leaves its transport's ``hold`` and ``release``, if it has them."""
+
+
+class MethodNotAllowed(DigitsError):
+    """The route does not know this method."""
+
+    code = "method_not_allowed"
+
+    def __init__(self, message: str, allowed: str) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+
+class BodyTooSlow(DigitsError):
+    """The body did not arrive in time."""
+
+    code = "request_timeout"
+
+
+STATUS: Final[dict[type[DigitsError], int]] = {
+    BadRequest: 400,
+    BadImage: 400,
+    Unauthenticated: 401,
+    PermissionDenied: 403,
+    NotFound: 404,
+    MethodNotAllowed: 405,
+    BodyTooSlow: 408,
+    TooLarge: 413,
+    UnsupportedMediaType: 415,
+    Overloaded: 429,
+    Unimplemented: 501,
+    ModelUnavailable: 503,
+    UpstreamTimeout: 504,
+}
+"""The error table of HTTP. Anything else is a defect: 500."""
+
+JSON: Final = (b"content-type", b"application/json")
+NO_SNIFF: Final = (b"x-content-type-options", b"nosniff")
+
+PAGE_HEADERS: Final[Headers] = [
+    (
+        b"content-security-policy",
+        b"default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+        b"frame-ancestors 'none'",
+    ),
+    NO_SNIFF,
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"permissions-policy", b"geolocation=(), microphone=(), camera=()"),
+]
+"""On everything that a browser shows."""
+
+
+class Response(NamedTuple):
+    """Status, headers (content-length and x-request-id are added) and body."""
+
+    status: int
+    headers: Headers
+    body: bytes
+    model_version: str = ""
+
+
+class _ClientGone(Exception):
+    """The client has hung up: there is nobody to answer."""
+
+
+class Request:
+    """What a handler needs of a request."""
+
+    __slots__ = (
+        "content_length",
+        "content_type",
+        "fields",
+        "id",
+        "method",
+        "path",
+        "receive",
+        "route",
+        "scope",
+        "started",
+    )
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self.started = time.monotonic()
+        self.scope = scope
+        self.receive = receive
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.route: Route | None = None
+        self.fields: dict[str, object] = {}
+        self.content_type = b""
+        self.content_length: bytes | None = None
+        sent_id = None
+        for name, value in scope["headers"]:
+            if name == b"content-type":
+                self.content_type = value
+            elif name == b"content-length":
+                self.content_length = value
+            elif name == b"x-request-id":
+                sent_id = value.decode("latin-1")
+        self.id = request_id_from(sent_id)
+
+    def header(self, wanted: bytes) -> str:
+        """A header's value, or nothing."""
+        return next((value.decode("latin-1") for name, value in self.scope["headers"] if name == wanted), "")
+
+
+class RestApp:
+    """The ASGI application.
+
+    Args:
+        gateway: What it translates for.
+    """
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._settings = gateway.settings
+        self._exact: dict[str, dict[str, Route]] = {}
+        self._below: dict[str, dict[str, Route]] = {}
+        for route in ROUTES:
+            table, path = self._exact, route.path
+            if path.endswith("{rest}"):
+                table, path = self._below, path.removesuffix("{rest}")
+            table.setdefault(path, {})[route.method] = route
+        self._page: dict[str, PageFile] = read_page()
+        self._reading: dict[asyncio.Task[Any], float] = {}
+        self._sweeping = False
+        self._openapi = b""
+        self._in_flight = 0
+        gateway.metrics.watch_requests("rest", lambda: self._in_flight)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return
+        request = Request(scope, receive)
+        self._in_flight += 1
+        error_code = ""
+        try:
+            response = await self._respond(request)
+        except DigitsError as err:
+            error_code = err.code
+            response = self._error(request, err)
+        except _ClientGone:
+            self._gone(request)
+            return
+        except asyncio.CancelledError:
+            self._gone(request)
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return  # only the wait was cancelled, by a client that hung up
+        except Exception:  # the edge: the traceback is for the log, not for the client
+            self._gateway.log.error("defect", request_id=request.id, exc_info=True)
+            error_code = "internal"
+            response = self._error_response(request, 500, error_code, "internal error", [])
+        finally:
+            self._in_flight -= 1
+        headers = [
+            *response.headers,
+            (b"content-length", b"%d" % len(response.body)),
+            (b"x-request-id", request.id.encode()),
+        ]
+        if self._gateway.draining:
+            headers.append((b"connection", b"close"))
+        cork = scope.get(CORK)
+        if cork is not None:
+            cork.hold()
+        try:
+            await send({"type": "http.response.start", "status": response.status, "headers": headers})
+            await send({"type": "http.response.body", "body": response.body})
+        finally:
+            if cork is not None:
+                cork.release()
+        if error_code:
+            request.fields["error"] = error_code
+        self._finished(request, response)
+
+    # --- routing ---
+
+    async def _respond(self, request: Request) -> Response:
+        by_method = self._exact.get(request.path) or self._find_below(request.path)
+        if by_method is None:
+            raise NotFound("there is no such route; see /docs")
+        method = "GET" if request.method == "HEAD" else request.method
+        route = by_method.get(method)
+        if route is None:
+            request.route = next(iter(by_method.values()))
+            allowed = ", ".join(sorted({*by_method, *(["HEAD"] if "GET" in by_method else [])}))
+            raise MethodNotAllowed(f"this route takes {allowed}, not {request.method[:16]}", allowed)
+        request.route = route
+        if route.handler == "classify":
+            return await self.classify(request)
+        handler: Callable[[Request], Response] = getattr(self, route.handler)
+        return handler(request)
+
+    def _find_below(self, path: str) -> dict[str, Route] | None:
+        return next((routes for prefix, routes in self._below.items() if path.startswith(prefix)), None)
+
+    # --- handlers ---
+
+    async def classify(self, request: Request) -> Response:
+        """POST /classify."""
+        gateway = self._gateway
+        deadline = request.started + self._settings.timeout_s
+        data = await self._body(request)
+        declared = request.content_type
+        if declared != b"application/octet-stream":
+            data = _picture_in(data, declared)
+        image_u8 = gateway.pictures.read_at_once(data)
+        if image_u8 is None:
+            image_u8 = await gateway.pictures.read(data)
+        waiting = gateway.predictor.submit(image_u8, 1, deadline)
+        request.scope[ON_DISCONNECT] = waiting.cancel
+        answer = (await waiting)[0]
+        body = orjson.dumps(
+            {
+                "digit": answer.digit,
+                "confidence": answer.confidence,
+                "probabilities": answer.probabilities,
+                "model_version": answer.model_version,
+                "request_id": request.id,
+            }
+        )
+        return Response(200, [JSON], body, answer.model_version)
+
+    def healthz(self, _: Request) -> Response:
+        """GET /healthz."""
+        return Response(200, [JSON, _NO_STORE], b'{"status":"alive"}')
+
+    def readyz(self, _: Request) -> Response:
+        """GET /readyz."""
+        reason = self._gateway.why_not_ready()
+        body = orjson.dumps(
+            {
+                "ready": not reason,
+                "model": contract.MODEL_NAME,
+                "versions": self._gateway.upstream.availability.versions,
+                "reason": reason,
+            }
+        )
+        return Response(503 if reason else 200, [JSON, _NO_STORE], body)
+
+    def metrics(self, request: Request) -> Response:
+        """GET /metrics."""
+        body, content_type = self._gateway.metrics.exposition(request.header(b"accept"))
+        return Response(200, [(b"content-type", content_type.encode()), _NO_STORE], body)
+
+    def openapi(self, _: Request) -> Response:
+        """GET /openapi.json."""
+        self._openapi = self._openapi or orjson.dumps(openapi_document())
+        return Response(200, [JSON], self._openapi)
+
+    def docs(self, _: Request) -> Response:
+        """GET /docs."""
+        return Response(200, [_HTML, *PAGE_HEADERS], render_docs(openapi_document()).encode())
+
+    def docs_css(self, _: Request) -> Response:
+        """GET /docs.css."""
+        return Response(200, [(b"content-type", b"text/css; charset=utf-8"), *PAGE_HEADERS], CSS.encode())
+
+    def page(self, request: Request) -> Response:
+        """GET /."""
+        return self._file(request, "index.html")
+
+    def static(self, request: Request) -> Response:
+        """GET /static/…."""
+        return self._file(request, request.path.removeprefix("/static/"))
+
+    def unimplemented(self, request: Request) -> Response:
+        """Routes that are known but not there yet."""
+        raise Unimplemented(f"{request.path[:64]} is not offered here; POST /classify reads one digit")
+
+    def _file(self, request: Request, name: str) -> Response:
+        file = self._page.get(name)
+        if file is None:
+            raise NotFound("there is no such file")
+        headers: Headers = [(b"etag", file.etag), (b"cache-control", b"no-cache"), *PAGE_HEADERS]
+        if request.header(b"if-none-match").encode() == file.etag:
+            return Response(304, headers, b"")
+        return Response(200, [(b"content-type", file.content_type), *headers], file.body)
+
+    # --- the body ---
+
+    async def _body(self, request: Request) -> bytes:
+        limit = self._settings.max_body_bytes
+        length = request.content_length
+        if length is not None and int(length) > limit:
+            raise _too_large(limit)
+        # One sweep over those that read costs less than a timer for each of thousands of requests a second.
+        task = asyncio.current_task()
+        assert task is not None
+        self._reading[task] = request.started + self._settings.body_timeout_s
+        if not self._sweeping:
+            self._sweep()
+        try:
+            message = await request.receive()
+            body: bytes = message.get("body", b"")
+            if message["type"] == "http.request" and not message.get("more_body") and len(body) <= limit:
+                return body
+            return await _long_body(message, request.receive, limit)
+        except asyncio.CancelledError:
+            if task not in self._reading and task.uncancel() == 0:
+                raise BodyTooSlow(f"the body did not arrive within {self._settings.body_timeout_s:g} s") from None
+            raise
+        finally:
+            self._reading.pop(task, None)
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        for task in [task for task, deadline in self._reading.items() if deadline <= now]:
+            del self._reading[task]
+            task.cancel()
+        self._sweeping = bool(self._reading)
+        if self._sweeping:
+            tick_s = min(0.5, self._settings.body_timeout_s / 4)
+            asyncio.get_running_loop().call_later(tick_s, self._sweep)
+
+    # --- endings ---
+
+    def _error(self, request: Request, err: DigitsError) -> Response:
+        status = next((STATUS[kind] for kind in type(err).__mro__ if kind in STATUS), 500)
+        if status == 500:
+            self._gateway.log.error("defect", request_id=request.id, exc_info=True)
+            return self._error_response(request, 500, "internal", "internal error", [])
+        headers: Headers = []
+        if isinstance(err, Overloaded):
+            headers.append((b"retry-after", b"%d" % max(1, math.ceil(err.retry_after_s))))
+        elif isinstance(err, MethodNotAllowed):
+            headers.append((b"allow", err.allowed.encode()))
+        return self._error_response(request, status, err.code, str(err), headers)
+
+    def _error_response(self, request: Request, status: int, code: str, message: str, headers: Headers) -> Response:
+        error: object = {"code": code, "message": message, "request_id": request.id}
+        if request.route is not None and request.route.error_model is PassedThroughError:
+            error = message
+        # surrogateescape and the like never reach orjson: messages quote only what was decoded
+        return Response(status, [JSON, _NO_STORE, NO_SNIFF, *headers], orjson.dumps({"error": error}))
+
+    def _finished(self, request: Request, response: Response) -> None:
+        route = request.route.path if request.route else "unmatched"
+        self._gateway.finished(
+            "rest",
+            route,
+            str(response.status),
+            request.started,
+            request.id,
+            failed=response.status >= 500,
+            model_version=response.model_version,
+            **request.fields,
+        )
+
+    def _gone(self, request: Request) -> None:
+        self._finished(request, Response(499, [], b""))
+
+
+_NO_STORE: Final = (b"cache-control", b"no-store")
+_HTML: Final = (b"content-type", b"text/html; charset=utf-8")
+_UNDECLARED: Final = frozenset({b"", b"application/octet-stream", b"application/x-www-form-urlencoded"})
+"""The bytes decide. The last is what curl declares when it is told nothing."""
+
+
+async def _long_body(message: dict[str, Any], receive: Receive, limit: int) -> bytes:
+    """The body in several messages, counted as it comes: never more than ``limit`` bytes and one message are held."""
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        if message["type"] == "http.disconnect":
+            raise _ClientGone
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise _too_large(limit)
+        if not message.get("more_body"):
+            return b"".join(parts)
+        message = await receive()
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"a body may have {limit:,} bytes; send a smaller picture")
+
+
+def _picture_in(body: bytes, content_type: bytes) -> bytes:
+    """The picture's bytes in a body of this content type."""
+    kind = content_type.partition(b";")[0].strip().lower()
+    if kind.startswith(b"image/") or kind in _UNDECLARED:
+        return body
+    if kind == b"multipart/form-data":
+        return _image_field(body, content_type)
+    raise UnsupportedMediaType(
+        "expected a picture (Content-Type image/png, image/jpeg, …), multipart/form-data with a field `image`, or 784 "
+        "raw bytes as application/octet-stream"
+    )
+
+
+def _image_field(body: bytes, content_type: bytes) -> bytes:
+    """The field ``image`` of a multipart body."""
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise BadRequest("the multipart content type names no boundary")
+    form = _Form()
+    try:
+        parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
+        parser.write(body)
+        parser.finalize()
+    except (FormParserError, ValueError) as err:
+        raise BadRequest("the multipart body is malformed") from err
+    if not form.ended:
+        raise BadRequest("the multipart body is cut off: its last boundary is missing")
+    if len(form.images) != 1:
+        raise BadRequest(f"expected one multipart field `image`, came {len(form.images)}")
+    return form.images[0]
+
+
+class _Form:
+    """Gathers the parts named ``image`` while the parser runs."""
+
+    def __init__(self) -> None:
+        self.images: list[bytes] = []
+        self.ended = False
+        self._header = b""
+        self._value = b""
+        self._name = b""
+        self._data: list[bytes] = []
+
+    def callbacks(self) -> dict[str, Callable[..., None]]:
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": self._header_field,
+            "on_header_value": self._header_value,
+            "on_header_end": self._header_end,
+            "on_part_data": self._part_data,
+            "on_part_end": self._part_end,
+            "on_end": self._end,
+        }
+
+    def _begin(self) -> None:
+        self._name, self._data = b"", []
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._name = parse_options_header(self._value)[1].get(b"name", b"")
+        self._header = self._value = b""
+
+    def _part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._name == b"image":
+            self._data.append(data[start:end])
+
+    def _part_end(self) -> None:
+        if self._name == b"image":
+            self.images.append(b"".join(self._data))
+
+    def _end(self) -> None:
+        self.ended = True

@@ -1,0 +1,245 @@
+"""gRPC: only translates. Owns the table from errors to gRPC codes; no uncaught exception's text reaches a client."""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from digits.errors import (
+    BadImage,
+    BadRequest,
+    DigitsError,
+    ModelUnavailable,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    TooLarge,
+    Unauthenticated,
+    Unimplemented,
+    UnsupportedMediaType,
+    UpstreamTimeout,
+)
+from serving.gateway.app import Gateway, request_id_from
+from serving.gateway.predictor import Answer
+from serving.gateway.upstream import Availability
+from serving.protos import digits_pb2 as pb
+
+SERVICE: Final = pb.DESCRIPTOR.services_by_name["Digits"].full_name
+
+CODES: Final[dict[type[DigitsError], grpc.StatusCode]] = {
+    BadRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    BadImage: grpc.StatusCode.INVALID_ARGUMENT,
+    TooLarge: grpc.StatusCode.INVALID_ARGUMENT,
+    UnsupportedMediaType: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
+    ModelUnavailable: grpc.StatusCode.UNAVAILABLE,
+    UpstreamTimeout: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+"""The error table of gRPC. Anything else is a defect: INTERNAL."""
+
+STREAM_WINDOW: Final = 32
+"""Requests of one stream under way at once; a client that sends more waits."""
+
+MESSAGE_SLACK: Final = 1024
+"""Bytes that a message may be longer than the picture in it."""
+
+_SERVER_FAULTS: Final = frozenset(
+    {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+)
+
+
+class DigitsService:
+    """``digits.v1.Digits`` on the gateway."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._timeout_s = gateway.settings.timeout_s
+        self._in_flight = 0
+        gateway.metrics.watch_requests("grpc", lambda: self._in_flight)
+
+    async def classify(self, message: bytes, context: Any) -> bytes:
+        """Classify: bytes of a ClassifyRequest → bytes of a ClassifyResponse."""
+        started = time.monotonic()
+        request_id = _request_id(context)
+        self._in_flight += 1
+        try:
+            answer = await self._gateway.classify(_image(message), self._deadline(context, started))
+        except asyncio.CancelledError:
+            self._finished("Classify", grpc.StatusCode.CANCELLED, started, request_id)
+            raise
+        except Exception as err:  # noqa: BLE001 - the edge: every exception is translated once, here
+            code, name, text, more = self._translate(err, request_id)
+            self._finished("Classify", code, started, request_id, error=name)
+            await context.abort(code, text, (("x-request-id", request_id), *more))
+        finally:
+            self._in_flight -= 1
+        context.set_trailing_metadata((("x-request-id", request_id),))
+        self._finished("Classify", grpc.StatusCode.OK, started, request_id, answer.model_version)
+        return _response(answer, request_id).SerializeToString()
+
+    async def classify_stream(self, messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        """ClassifyStream: answers in the order of the requests, several of them under way at once."""
+        started = time.monotonic()
+        request_id = _request_id(context)
+        code = grpc.StatusCode.CANCELLED
+        count = 0
+        answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_WINDOW)
+        reader = asyncio.create_task(self._read_stream(messages, answers, request_id, context))
+        self._in_flight += 1
+        try:
+            while (answer := await answers.get()) is not None:
+                count += 1
+                yield await answer
+            code = grpc.StatusCode.OK
+        finally:
+            self._in_flight -= 1
+            reader.cancel()
+            while not answers.empty():
+                if (left := answers.get_nowait()) is not None:
+                    left.cancel()
+            context.set_trailing_metadata((("x-request-id", request_id),))
+            self._finished("ClassifyStream", code, started, request_id, messages=count)
+
+    async def _read_stream(
+        self, messages: AsyncIterator[bytes], answers: "asyncio.Queue[Any]", request_id: str, context: Any
+    ) -> None:
+        count = 0
+        try:
+            async for message in messages:
+                count += 1
+                await answers.put(asyncio.create_task(self._one_of_stream(message, f"{request_id}.{count}", context)))
+        finally:
+            await answers.put(None)
+
+    async def _one_of_stream(self, message: bytes, request_id: str, context: Any) -> bytes:
+        try:
+            answer = await self._gateway.classify(_image(message), self._deadline(context, time.monotonic()))
+        except Exception as err:  # noqa: BLE001 - told in the stream, which goes on
+            _, name, text, _ = self._translate(err, request_id)
+            error = pb.ClassifyError(code=name, message=text, request_id=request_id)
+            return pb.ClassifyStreamResponse(error=error).SerializeToString()
+        return pb.ClassifyStreamResponse(answer=_response(answer, request_id)).SerializeToString()
+
+    def _deadline(self, context: Any, started: float) -> float:
+        remaining_s = context.time_remaining()
+        return started + (self._timeout_s if remaining_s is None else remaining_s)
+
+    def _translate(
+        self, err: Exception, request_id: str
+    ) -> tuple[grpc.StatusCode, str, str, tuple[tuple[str, str], ...]]:
+        """Code, machine-readable name, text and trailing metadata."""
+        code = next((CODES[kind] for kind in type(err).__mro__ if kind in CODES), None)
+        if code is None or not isinstance(err, DigitsError):
+            self._gateway.log.error("defect", request_id=request_id, exc_info=err)
+            return grpc.StatusCode.INTERNAL, "internal", "internal error", (("x-error-code", "internal"),)
+        more: tuple[tuple[str, str], ...] = (("x-error-code", err.code),)
+        if isinstance(err, Overloaded):
+            more = (*more, ("grpc-retry-pushback-ms", str(max(1, math.ceil(err.retry_after_s * 1000)))))
+        return code, err.code, str(err), more
+
+    def _finished(
+        self,
+        method: str,
+        code: grpc.StatusCode,
+        started: float,
+        request_id: str,
+        model_version: str = "",
+        **fields: object,
+    ) -> None:
+        failed = code in _SERVER_FAULTS
+        self._gateway.finished(
+            "grpc", method, code.name, started, request_id, failed=failed, model_version=model_version, **fields
+        )
+
+
+class RpcServer:
+    """The gRPC port: Digits, health that follows readiness, reflection.
+
+    Args:
+        gateway: What it translates for.
+        address: ``host:port``; port 0 takes a free one.
+    """
+
+    def __init__(self, gateway: Gateway, address: str) -> None:
+        limit = gateway.settings.max_body_bytes + MESSAGE_SLACK
+        self._gateway = gateway
+        self._server = grpc.aio.server(
+            options=(
+                ("grpc.so_reuseport", 0),  # a port in use is to be an error
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_concurrent_streams", 1024),
+                ("grpc.max_metadata_size", 16 * 1024),
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            )
+        )
+        service = DigitsService(gateway)
+        handlers = {
+            "Classify": grpc.unary_unary_rpc_method_handler(service.classify),
+            "ClassifyStream": grpc.stream_stream_rpc_method_handler(service.classify_stream),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self.port: int = self._server.add_insecure_port(address)
+        self._changes: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Accept calls; health follows the model server from here on."""
+        await self._set_health(self._gateway.upstream.availability)
+        self._gateway.upstream.on_change(self._on_change)
+        await self._server.start()
+
+    async def not_serving(self) -> None:
+        """Tell balancers that this process is about to go."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, finish those under way within ``grace_s``."""
+        await self._server.stop(grace_s)
+
+    def _on_change(self, availability: Availability) -> None:
+        task = asyncio.get_running_loop().create_task(self._set_health(availability))
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+
+    async def _set_health(self, availability: Availability) -> None:
+        status = health_pb2.HealthCheckResponse
+        state = status.SERVING if availability.ready else status.NOT_SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, state)
+
+
+def _image(message: bytes) -> bytes:
+    try:
+        return pb.ClassifyRequest.FromString(message).image
+    except DecodeError as err:
+        raise BadRequest("the message is not a digits.v1.ClassifyRequest") from err
+
+
+def _response(answer: Answer, request_id: str) -> pb.ClassifyResponse:
+    return pb.ClassifyResponse(
+        digit=answer.digit,
+        confidence=answer.confidence,
+        probabilities=answer.probabilities,
+        model_version=answer.model_version,
+        request_id=request_id,
+    )
+
+
+def _request_id(context: Any) -> str:
+    for name, value in context.invocation_metadata() or ():
+        if name == "x-request-id":
+            return request_id_from(value if isinstance(value, str) else None)
+    return request_id_from(None)

@@ -1,0 +1,242 @@
+"""The REST API described: what each route takes and answers, and the OpenAPI document made from that."""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import models_json_schema
+
+from serving.gateway.metrics import VERSION
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ClassifyAnswer(_Model):
+    """One digit that was read."""
+
+    digit: Annotated[int, Field(ge=0, le=9)]
+    """The most probable digit."""
+    confidence: Annotated[float, Field(ge=0, le=1)]
+    """Its probability."""
+    probabilities: Annotated[list[float], Field(min_length=10, max_length=10)]
+    """Of the digits 0 to 9; they sum to 1."""
+    model_version: str
+    """The version of the model that answered."""
+    request_id: str
+    """Also in the header ``x-request-id``."""
+
+
+class ErrorDetail(_Model):
+    """What went wrong."""
+
+    code: str
+    """Stable and made for machines."""
+    message: str
+    """For people: what was expected, what came, what to do. It may change."""
+    request_id: str
+    """To be quoted when asking about it."""
+
+
+class ErrorAnswer(_Model):
+    """Every error of the gateway's own endpoints."""
+
+    error: ErrorDetail
+
+
+class PassedThroughError(_Model):
+    """An error of the endpoints that speak TensorFlow Serving's or the open inference protocol."""
+
+    error: str
+
+
+class Health(_Model):
+    """The process is alive."""
+
+    status: str
+
+
+class Readiness(_Model):
+    """Whether digits can be read now."""
+
+    ready: bool
+    model: str
+    versions: list[str]
+    """Versions that the model server has available."""
+    reason: str
+    """Why not, when not ready."""
+
+
+PICTURE_TYPES: Final = ("image/png", "image/jpeg", "image/gif", "image/bmp", "image/webp", "image/tiff")
+
+_BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
+
+CLASSIFY_BODY: Final[dict[str, Any]] = {
+    "required": True,
+    "description": (
+        "A picture of one digit, of any size and polarity, as the body or as the multipart field `image`; or, as "
+        "`application/octet-stream`, exactly 784 bytes: 28 x 28, row by row, ink 255 on paper 0."
+    ),
+    "content": {
+        **dict.fromkeys(PICTURE_TYPES, _BINARY),
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["image"],
+                "properties": {"image": {"type": "string", "format": "binary"}},
+            }
+        },
+    },
+}
+
+ERROR_TEXTS: Final = {
+    400: "The request is malformed, or holds no picture in which a digit can be read.",
+    404: "There is no such thing.",
+    405: "The route does not know this method; `Allow` says which it does.",
+    408: "The body did not arrive in time.",
+    413: "The body or the picture is too large.",
+    415: "The content type is not one that is read here.",
+    429: "Too much work is waiting; `Retry-After` says when to come back.",
+    500: "Internal error.",
+    501: "Known, but not offered here.",
+    503: "No model is being served.",
+    504: "The model did not answer in time.",
+}
+
+
+class Route:
+    """One route: what it is called, what it takes and what it answers.
+
+    Args:
+        method: HTTP method. GET answers HEAD too.
+        path: Exact path, or a pattern whose last part is ``{rest}`` and stands for everything below.
+        handler: Name of the method that answers.
+        summary: One line.
+        answer: Model of the 200 answer, or a content type where it is not JSON.
+        errors: Statuses of the errors it may answer besides 405 and 500.
+        body: The OpenAPI request body.
+        error_model: Shape of the errors.
+        listed: Whether it is in the OpenAPI document.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        handler: str,
+        summary: str,
+        answer: type[_Model] | str,
+        *,
+        errors: Iterable[int] = (),
+        body: dict[str, Any] | None = None,
+        error_model: type[_Model] = ErrorAnswer,
+        listed: bool = True,
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.handler = handler
+        self.summary = summary
+        self.answer = answer
+        self.errors = tuple(errors)
+        self.body = body
+        self.error_model = error_model
+        self.listed = listed
+
+
+ROUTES: Final = (
+    Route(
+        "POST", "/classify", "classify", "Read one digit", ClassifyAnswer,
+        errors=(400, 408, 413, 415, 429, 503, 504), body=CLASSIFY_BODY,
+    ),
+    Route("POST", "/read", "unimplemented", "Read a whole number (not offered yet)", ErrorAnswer, errors=(501,)),
+    Route("GET", "/healthz", "healthz", "Is the process alive?", Health),
+    Route("GET", "/readyz", "readyz", "Can digits be read now?", Readiness, errors=(503,)),
+    Route("GET", "/metrics", "metrics", "Metrics for Prometheus", "text/plain"),
+    Route("GET", "/openapi.json", "openapi", "This document", "application/json"),
+    Route("GET", "/docs", "docs", "This API for people", "text/html"),
+    Route("GET", "/docs.css", "docs_css", "The look of /docs", "text/css", listed=False),
+    Route("GET", "/", "page", "The drawing page", "text/html", errors=(404,)),
+    Route("GET", "/static/{rest}", "static", "What the drawing page is made of", "application/octet-stream",
+          errors=(404,), listed=False),
+    Route("GET", "/v1/models/digits", "unimplemented", "TensorFlow Serving's API (not offered yet)",
+          PassedThroughError, errors=(501,), error_model=PassedThroughError),
+    Route("GET", "/v1/models/{rest}", "unimplemented", "", "application/json", errors=(501,),
+          error_model=PassedThroughError, listed=False),
+    Route("POST", "/v1/models/{rest}", "unimplemented", "", "application/json", errors=(501,),
+          error_model=PassedThroughError, listed=False),
+    Route("GET", "/v2/{rest}", "unimplemented", "", "application/json", errors=(501,),
+          error_model=PassedThroughError, listed=False),
+    Route("POST", "/v2/{rest}", "unimplemented", "", "application/json", errors=(501,),
+          error_model=PassedThroughError, listed=False),
+)  # fmt: skip
+
+
+def openapi_document() -> dict[str, Any]:
+    """The OpenAPI 3.1 document of the routes above."""
+    models = {route.answer for route in ROUTES if not isinstance(route.answer, str)}
+    models |= {route.error_model for route in ROUTES}
+    ordered = sorted(models, key=lambda model: model.__name__)
+    _, definitions = models_json_schema(
+        [(model, "serialization") for model in ordered], ref_template="#/components/schemas/{model}"
+    )
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        if route.listed:
+            paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Digits",
+            "version": VERSION,
+            "summary": "Reads handwritten digits.",
+            "description": "Every answer carries `x-request-id`; send one of your own to have it used.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "paths": paths,
+        "components": {"schemas": definitions["$defs"]},
+    }
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    responses: dict[str, Any] = {}
+    if 501 not in route.errors:
+        responses["200"] = {"description": "OK", "content": _content(route.answer), "headers": _REQUEST_ID}
+    for status in (*route.errors, 500):
+        model: type[_Model] = route.error_model
+        if (route.path, status) == ("/readyz", 503):
+            model = Readiness
+        headers = dict(_REQUEST_ID)
+        if status == 429:
+            headers["retry-after"] = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
+        responses[str(status)] = {"description": ERROR_TEXTS[status], "content": _content(model), "headers": headers}
+    operation: dict[str, Any] = {
+        "operationId": f"{route.method.lower()}{route.path.replace('/', '_').rstrip('_')}",
+        "summary": route.summary,
+        "responses": responses,
+    }
+    if route.method == "POST":
+        operation["parameters"] = [
+            {
+                "name": "x-request-id",
+                "in": "header",
+                "required": False,
+                "description": "Used as the request's id if it is sane, else replaced.",
+                "schema": {"type": "string", "maxLength": 128},
+            }
+        ]
+    if route.body:
+        operation["requestBody"] = route.body
+    return operation
+
+
+_REQUEST_ID: Final[dict[str, Any]] = {
+    "x-request-id": {"description": "The request's id.", "schema": {"type": "string"}}
+}
+
+
+def _content(answer: type[_Model] | str) -> dict[str, Any]:
+    if isinstance(answer, str):
+        return {answer: {"schema": {} if answer == "application/json" else {"type": "string"}}}
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{answer.__name__}"}}}

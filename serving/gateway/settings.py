@@ -1,0 +1,126 @@
+"""What an operator may set: environment variables ``DIGITS_*``, read once at start."""
+
+from ipaddress import ip_address
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from digits.errors import DigitsError
+
+
+class BadSettings(DigitsError):
+    """A ``DIGITS_*`` variable holds something that cannot be used."""
+
+    code = "bad_settings"
+
+
+def _address(value: str) -> str:
+    """A ``host:port`` or any gRPC target with a scheme (``dns:///models:8500``, ``unix:/run/models.sock``)."""
+    host, colon, port = value.rpartition(":")
+    if ":/" not in value and not value.startswith("unix:") and not (host and colon and port.isdecimal()):
+        raise ValueError("expected host:port or a gRPC target such as dns:///models:8500")
+    return value
+
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """The gateway's settings. Times are in seconds, sizes in bytes. Port 0 takes any free port."""
+
+    model_config = SettingsConfigDict(env_prefix="DIGITS_", extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+    host: str = "127.0.0.1"
+    """Address that REST and gRPC listen on; ``0.0.0.0`` for all interfaces."""
+
+    rest_port: Port = 8080
+    """Port of REST, the drawing page and ``/metrics``."""
+
+    grpc_port: Port = 50051
+    """Port of gRPC."""
+
+    upstream: Annotated[str, AfterValidator(_address)] = "127.0.0.1:8500"
+    """The model server's gRPC address: ``host:port``, or ``dns:///name:port`` to spread calls over several."""
+
+    timeout_s: Positive = 5.0
+    """How long a REST request, or a gRPC call that brings no deadline, may wait for the model."""
+
+    max_batch_images: Annotated[int, Field(ge=1, le=65536)] = 128
+    """Most images that go upstream in one call. A single request with more goes alone."""
+
+    max_upstream_calls: Annotated[int, Field(ge=1, le=64)] = 2
+    """Most calls under way upstream at once. What arrives meanwhile waits and goes together."""
+
+    max_queue_images: Annotated[int, Field(ge=1)] = 1024
+    """Most images that may wait for their turn. Beyond that requests are refused: 429, RESOURCE_EXHAUSTED."""
+
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 10 * 1024 * 1024
+    """Largest request body or gRPC message."""
+
+    header_timeout_s: Positive = 10.0
+    """How long a connection may take over its request's headers, from its first byte or from connecting."""
+
+    body_timeout_s: Positive = 20.0
+    """How long a request may take over its body."""
+
+    keep_alive_s: Positive = 75.0
+    """How long an idle REST connection is kept open."""
+
+    decode_threads: Annotated[int, Field(ge=1, le=64)] = 2
+    """Threads that decode large pictures. Small ones are decoded at once."""
+
+    max_waiting_decodes: Annotated[int, Field(ge=1)] = 64
+    """Most large pictures decoded or waiting for a thread. Beyond that they are refused as overload."""
+
+    status_poll_s: Positive = 0.5
+    """How often the model server is asked whether it has a version to serve. ``/readyz`` follows the answer."""
+
+    drain_delay_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
+    """After SIGTERM, how long requests are still accepted while readiness is already off, so that balancers notice."""
+
+    drain_timeout_s: Positive = 20.0
+    """After SIGTERM, how long requests under way may take before they are cut off."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lowest level that is logged. Requests are logged as info, those that end in a 5xx as warning."""
+
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """``auto`` writes text to a terminal and JSON, one object a line, to anything else."""
+
+    @property
+    def hostport_rest(self) -> str:
+        """``host:port`` of REST, with brackets around an IPv6 address."""
+        return join_host_port(self.host, self.rest_port)
+
+    @property
+    def hostport_grpc(self) -> str:
+        """``host:port`` of gRPC, with brackets around an IPv6 address."""
+        return join_host_port(self.host, self.grpc_port)
+
+
+def join_host_port(host: str, port: int) -> str:
+    """``127.0.0.1:8080``, ``[::1]:8080``."""
+    try:
+        return f"[{host}]:{port}" if ip_address(host).version == 6 else f"{host}:{port}"
+    except ValueError:
+        return f"{host}:{port}"
+
+
+def read_settings() -> Settings:
+    """Read the environment.
+
+    Raises:
+        BadSettings: One line that names each bad variable, what it holds and what is expected.
+    """
+    try:
+        return Settings()
+    except ValidationError as err:
+        raise BadSettings("; ".join(_one(error) for error in err.errors())) from err
+
+
+def _one(error: object) -> str:
+    assert isinstance(error, dict)
+    name = "DIGITS_" + "_".join(str(part) for part in error["loc"]).upper()
+    return f"{name}={error['input']!r}: {error['msg']}"

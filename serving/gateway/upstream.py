@@ -1,0 +1,233 @@
+"""The model server as the gateway sees it: arrays out, arrays back, availability, and one table of its errors.
+
+Speaks TensorFlow Serving's gRPC API through the slim messages of ``serving/protos/upstream.proto``, so that nothing
+here imports TensorFlow.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from digits import contract
+from digits.errors import BadImage, ModelUnavailable, Overloaded, UpstreamTimeout
+from serving.gateway.metrics import Metrics
+from serving.protos import upstream_pb2 as pb
+
+PREDICT: Final = "/tensorflow.serving.PredictionService/Predict"
+GET_MODEL_STATUS: Final = "/tensorflow.serving.ModelService/GetModelStatus"
+
+MESSAGE_LIMIT: Final = 64 * 1024 * 1024
+"""Bytes of one upstream message: 65,536 images and their answers fit."""
+
+ATTEMPTS: Final = 3
+"""A Predict changes nothing at the server, so a call that found no server may be sent again."""
+
+_CHANNEL_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT),
+    ("grpc.max_send_message_length", MESSAGE_LIMIT),
+    # A server that comes back is found again within a second.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    # A server that vanished without a word is noticed.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.enable_retries", 0),
+    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
+)
+
+
+class Predictions(NamedTuple):
+    """What the model said about N images."""
+
+    probabilities: NDArray[np.float32]  # (N, 10), finite
+    model_version: str
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether the model server has a version to serve, and if not why. ``versions`` are the AVAILABLE ones."""
+
+    ready: bool
+    reason: str
+    versions: tuple[str, ...] = ()
+
+
+class BadAnswer(Exception):
+    """The model server answered something that is not an answer. A defect there, so "internal error" to the client."""
+
+
+class Upstream:
+    """A client of one model server address. Create it inside a running event loop; ``close`` it at the end.
+
+    Args:
+        target: gRPC target of the model server.
+        metrics: Where calls, their times and their errors are counted.
+        poll_s: Seconds between two looks at the model's status.
+    """
+
+    def __init__(self, target: str, metrics: Metrics, poll_s: float = 0.5) -> None:
+        self.availability = Availability(False, f"the model server at {target} has not been asked yet")
+        self._target = target
+        self._metrics = metrics
+        self._poll_s = poll_s
+        self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        # Bytes both ways: requests and answers are (de)serialised here, where their errors are understood.
+        self._predict = self._channel.unary_unary(PREDICT)
+        self._status = self._channel.unary_unary(
+            GET_MODEL_STATUS,
+            request_serializer=pb.GetModelStatusRequest.SerializeToString,
+            response_deserializer=pb.GetModelStatusResponse.FromString,
+        )
+        self._listeners: list[Callable[[Availability], Any]] = []
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def predict(self, images_u8: bytes, count: int, deadline: float) -> Predictions:
+        """Ask the model about ``count`` images.
+
+        Args:
+            images_u8: ``count * 784`` bytes, canonical images one after another.
+            count: How many.
+            deadline: ``time.monotonic()`` seconds after which the answer is of no use.
+
+        Raises:
+            ModelUnavailable, UpstreamTimeout, Overloaded, BadImage: As the server said.
+            BadAnswer: The answer is not N finite rows of ten probabilities.
+        """
+        request = _predict_request(images_u8, count)
+        for attempt in range(1, ATTEMPTS + 1):
+            started = time.monotonic()
+            if started >= deadline:
+                break
+            try:
+                data = await self._predict(request, timeout=deadline - started)
+            except grpc.aio.AioRpcError as err:
+                code = err.code()
+                self._metrics.upstream_call(code.name, time.monotonic() - started)
+                pause_s = random.uniform(0.01, 0.05) * attempt  # noqa: S311 - jitter, not a secret
+                if code is not grpc.StatusCode.UNAVAILABLE or attempt == ATTEMPTS or started + pause_s >= deadline:
+                    raise _error(err, self._target) from err
+                await asyncio.sleep(pause_s)
+            else:
+                self._metrics.upstream_call("OK", time.monotonic() - started)
+                return _predictions(data, count)
+        raise UpstreamTimeout("the model did not answer before the deadline; try again, or allow more time")
+
+    def on_change(self, listener: Callable[[Availability], Any]) -> None:
+        """Have ``listener`` called with each new availability."""
+        self._listeners.append(listener)
+
+    def watch(self) -> None:
+        """Start following the model's status, until ``close``."""
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(), name="model status")
+
+    async def close(self) -> None:
+        """Stop watching and close the channel."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        await self._channel.close(None)
+
+    async def _watch(self) -> None:
+        late = 0
+        while True:
+            found = await self._look()
+            # A busy server may answer one status call late: that alone is no reason to leave the balancer's list.
+            late = late + 1 if found is None else 0
+            if found is not None or late >= 3:
+                self._set(found or Availability(False, f"the model server at {self._target} does not answer in time"))
+            await asyncio.sleep(self._poll_s)
+
+    async def _look(self) -> Availability | None:
+        request = pb.GetModelStatusRequest(model_spec=pb.ModelSpec(name=contract.MODEL_NAME))
+        try:
+            answer = await self._status(request, timeout=2.0)
+        except grpc.aio.AioRpcError as err:
+            if err.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                return None
+            if err.code() is grpc.StatusCode.NOT_FOUND:
+                return Availability(False, f"the model server at {self._target} has no model {contract.MODEL_NAME!r}")
+            return Availability(False, f"the model server at {self._target} cannot be reached")
+        return _availability(answer)
+
+    def _set(self, found: Availability) -> None:
+        if found == self.availability:
+            return
+        self.availability = found
+        self._metrics.upstream_ready(found.ready)
+        for listener in self._listeners:
+            listener(found)
+
+
+def _predict_request(images_u8: bytes, count: int) -> bytes:
+    request = pb.PredictRequest(output_filter=(contract.OUTPUT_PROBABILITIES,))
+    request.model_spec.name = contract.MODEL_NAME
+    request.model_spec.signature_name = contract.SIGNATURE
+    tensor = request.inputs[contract.INPUT_IMAGES]
+    tensor.dtype = pb.DT_UINT8
+    for size in (count, contract.IMAGE_HEIGHT, contract.IMAGE_WIDTH):
+        tensor.tensor_shape.dim.add(size=size)
+    tensor.tensor_content = images_u8
+    return request.SerializeToString()
+
+
+def _predictions(data: bytes, count: int) -> Predictions:
+    answer = pb.PredictResponse.FromString(data)
+    tensor = answer.outputs[contract.OUTPUT_PROBABILITIES]
+    shape = [dim.size for dim in tensor.tensor_shape.dim]
+    if tensor.dtype != pb.DT_FLOAT or shape != [count, contract.CLASS_COUNT]:
+        raise BadAnswer(
+            f"expected {contract.OUTPUT_PROBABILITIES!r} float32 [{count}, {contract.CLASS_COUNT}] from the model "
+            f"server, came data type {tensor.dtype} {shape}"
+        )
+    values = np.frombuffer(tensor.tensor_content or tensor.float_val or b"", np.float32)
+    if values.size != count * contract.CLASS_COUNT:
+        values = _floats_the_long_way(data, count * contract.CLASS_COUNT)
+    probabilities = values.reshape(count, contract.CLASS_COUNT)  # (N, 10)
+    if not np.isfinite(probabilities).all():
+        raise BadAnswer("the model server's probabilities are not all finite")
+    return Predictions(probabilities, str(answer.model_spec.version.value))
+
+
+def _floats_the_long_way(data: bytes, size: int) -> NDArray[np.float32]:
+    """Values sent unpacked or in pieces, and TensorFlow's shorthand: the last value stands for all that follow."""
+    tensor = pb.PredictResponseOfFloats.FromString(data).outputs[contract.OUTPUT_PROBABILITIES]
+    values = np.array(tensor.float_val, np.float32)
+    if not 1 <= values.size <= size:
+        raise BadAnswer(f"expected {size} probabilities from the model server, came {values.size}")
+    return np.pad(values, (0, size - values.size), mode="edge")
+
+
+def _availability(answer: pb.GetModelStatusResponse) -> Availability:
+    statuses = answer.model_version_status
+    state = pb.ModelVersionStatus
+    versions = tuple(
+        str(one.version) for one in sorted(statuses, key=lambda s: s.version) if one.state == state.AVAILABLE
+    )
+    if versions:
+        return Availability(True, "", versions)
+    states = ", ".join(f"{one.version} {state.State.Name(one.state)}" for one in statuses) or "none"
+    return Availability(
+        False, f"the model server has no version of {contract.MODEL_NAME!r} available (versions: {states})"
+    )
+
+
+def _error(err: grpc.aio.AioRpcError, target: str) -> Exception:
+    """What an upstream failure means to a client. The upstream's own words stay in the chained cause."""
+    code = err.code()
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return UpstreamTimeout("the model did not answer before the deadline; try again, or allow more time")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return Overloaded("the model server has more work than it can do in time; try again shortly")
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        return BadImage("the model does not accept these images")
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION):
+        return ModelUnavailable("no model is being served at the moment; try again shortly")
+    return BadAnswer(f"the model server at {target} answered {code.name}: {err.details()}")
