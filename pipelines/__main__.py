@@ -1,0 +1,90 @@
+"""The pipelines' command line: ``python -m pipelines --help``."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from digits.errors import DigitsError
+from pipelines.settings import Settings
+
+app = typer.Typer(
+    help="Get the data, build and judge a candidate, publish it, serve it. Settings: environment variables DIGITS_*.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@app.command()
+def ingest() -> None:
+    """Get the raw data into data/, verified by SHA-256, and into the DVC cache. A damaged file is fetched again."""
+    from pipelines.dataset import RAW_FILES, TOTAL_BYTES
+    from pipelines.ingest import ingest as run_ingest
+
+    done = run_ingest(Settings(), tell=_tell)
+    print(
+        f"data/: {len(RAW_FILES)} files, {TOTAL_BYTES / 2**20:.1f} MB, every SHA-256 right; source: {done.source}; "
+        f"data.dvc: {done.data_hash}"
+    )
+
+
+@app.command()
+def release() -> None:
+    """Data to published version: ingest, the DVC stages, the gate, publish. Does only what is not up to date.
+
+    Exit code 0: published, now or before. 3: the gate rejected the candidate, the served version stays. 1: failed.
+    """
+    from pipelines.release import release as run_release
+
+    raise typer.Exit(run_release(Settings()))
+
+
+@app.command()
+def publish() -> None:
+    """Publish the candidate under artifacts/ as the next version, if the gate approved it. Part of release."""
+    from pipelines.publish import publish as run_publish
+
+    done = run_publish(Settings())
+    print(f"version {done.version.number} {'published' if done.new else 'holds these weights already'}")
+
+
+@app.command()
+def schedule(
+    cron: Annotated[str, typer.Option(help="When, in cron's five fields. Default: at 3 every night.")] = "0 3 * * *",
+    name: Annotated[str, typer.Option(help="Name of the Prefect deployment.")] = "scheduled",
+) -> None:
+    """Release at set times, one at a time, until stopped. For a lasting schedule set PREFECT_API_URL to a server."""
+    from pipelines.schedule import schedule as run_schedule
+
+    run_schedule(Settings(), cron, name)
+
+
+@app.command()
+def run(
+    skip_release: Annotated[
+        bool, typer.Option("--skip-release", help="Serve what is published; build nothing.")
+    ] = False,
+) -> None:
+    """Everything, in the foreground until Ctrl-C: release if anything changed, model server, gateway. `make run`."""
+    from pipelines.run import run as run_all
+
+    run_all(Settings(), skip_release=skip_release)
+
+
+def main() -> None:
+    """Run the command; an expected error is one line and exit code 1, wrong usage is exit code 2."""
+    try:
+        app()
+    except DigitsError as err:
+        _tell(f"error: {err}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

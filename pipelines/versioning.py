@@ -1,0 +1,189 @@
+"""What we ask of DVC: the raw data's cache and record, and the graph of stages. ``dvc`` is imported on first use."""
+
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ruamel.yaml.error import YAMLError
+
+from digits.errors import DigitsError
+from pipelines.disk import read_yaml
+from pipelines.settings import Settings
+
+DATA_RECORD: Final = "data.dvc"
+
+
+class VersioningError(DigitsError):
+    """DVC or git is not set up here, or another DVC command holds the lock."""
+
+    code = "versioning"
+
+
+@contextlib.contextmanager
+def open_repo(settings: Settings) -> Iterator[Any]:
+    """The project's ``dvc.repo.Repo``; DVC's own errors come out as ``VersioningError`` with what to do."""
+    from dvc.exceptions import DvcException, NotDvcRepoError
+    from dvc.lock import LockError
+    from dvc.repo import Repo
+    from dvc.scm import SCMError
+
+    try:
+        with contextlib.closing(Repo(str(settings.project))) as repo:
+            yield repo
+    except NotDvcRepoError as err:
+        raise VersioningError(
+            f"expected a DVC project in {settings.project}; found none. Run this in the repository's top folder"
+        ) from err
+    except SCMError as err:
+        raise VersioningError(
+            f"expected a git repository in {settings.project}; found none. Clone the repository with git, or run "
+            "'git init' here"
+        ) from err
+    except LockError as err:
+        raise VersioningError("another DVC command is at work in this project; wait until it has finished") from err
+    except DvcException as err:
+        raise VersioningError(f"DVC: {' '.join(str(err).split())}") from err
+
+
+def cached_data_files(repo: Any) -> dict[str, Path]:
+    """Name in ``data/`` -> path of its object in the DVC cache, as data.dvc says; empty if the cache lacks the list.
+
+    The paths are where the objects belong; they need not exist or be sound.
+    """
+    out = _data_out(repo)
+    if out is None:
+        return {}
+    listing = Path(out.cache.oid_to_path(out.hash_info.value))
+    try:
+        content = listing.read_bytes()
+        entries = {entry["relpath"]: entry["md5"] for entry in json.loads(content)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {name: Path(out.cache.oid_to_path(md5)) for name, md5 in entries.items()}
+
+
+def drop_damaged_objects(repo: Any) -> list[str]:
+    """Remove those objects of the raw data from the DVC cache whose content is not what their name says.
+
+    DVC trusts an object that is there: it would hand out a damaged one as good and never replace it.
+
+    Returns:
+        The names in ``data/`` of what was removed.
+    """
+    out = _data_out(repo)
+    if out is None:
+        return []
+    paths = {"(the list of files)": Path(out.cache.oid_to_path(out.hash_info.value)), **cached_data_files(repo)}
+    dropped = []
+    for name, path in paths.items():
+        if path.is_file() and _md5_of(path) != (path.parent.name + path.name).removesuffix(".dir"):
+            path.unlink()
+            dropped.append(name)
+    return dropped
+
+
+def has_remote(repo: Any) -> bool:
+    """Whether a DVC remote is configured to pull from."""
+    return bool(repo.config["core"].get("remote"))
+
+
+def fetch_data(settings: Settings, timeout_s: float) -> str | None:
+    """Bring the raw data from the default DVC remote into the cache. What went wrong, or None."""
+    command = [sys.executable, "-m", "dvc", "fetch", "--quiet", DATA_RECORD]
+    try:
+        done = subprocess.run(
+            command, cwd=settings.project, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {timeout_s:.0f} s"
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return lines[0].removeprefix("ERROR: ") if lines else f"dvc fetch exited with {done.returncode}"
+    return None
+
+
+def record_data(repo: Any) -> bool:
+    """Put ``data/`` into the cache and see that it is what data.dvc says. ``dvc status data.dvc`` is clean afterwards.
+
+    Returns:
+        Whether data.dvc is new. An existing one is never rewritten here.
+
+    Raises:
+        VersioningError: ``data/`` holds something else than data.dvc records.
+    """
+    if _data_out(repo) is None:
+        repo.add("data")
+        return True
+    if not repo.status(targets=[DATA_RECORD]):
+        return False
+    (stage,) = repo.stage.load_file(DATA_RECORD)
+    recorded = stage.outs[0].hash_info.value
+    with repo.lock:
+        stage.save()
+        found = stage.outs[0].hash_info.value
+        if found != recorded:
+            raise VersioningError(
+                f"data/ holds other files than data.dvc records (expected {recorded}, came {found}). Remove what does "
+                "not belong there, or, if this is new data of yours, record it: dvc add data"
+            )
+        stage.commit()
+    return False
+
+
+def data_hash(settings: Settings) -> str:
+    """The hash that data.dvc records for ``data/``, such as ``d019….dir``."""
+    path = settings.project / DATA_RECORD
+    try:
+        return str(read_yaml(path)["outs"][0]["md5"])
+    except (OSError, YAMLError, KeyError, IndexError, TypeError) as err:
+        raise VersioningError(f"expected data.dvc with the hash of data/; {path} has none. Run: dvc add data") from err
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of dvc.yaml: its name, and the names of the stages it needs."""
+
+    name: str
+    needs: tuple[str, ...]
+
+
+def stages_in_order(settings: Settings) -> list[Stage]:
+    """The stages of dvc.yaml, each after what it depends on, from DVC's own graph."""
+    from dvc.stage import PipelineStage
+    from networkx import topological_sort  # type: ignore[import-untyped]  # has no types
+
+    with open_repo(settings) as repo:
+        graph = repo.index.graph  # edges go from a stage to what it needs
+        ordered = [node for node in reversed(list(topological_sort(graph))) if isinstance(node, PipelineStage)]
+        return [
+            Stage(
+                node.addressing,
+                tuple(sorted(need.addressing for need in graph.successors(node) if isinstance(need, PipelineStage))),
+            )
+            for node in ordered
+        ]
+
+
+def changed_stages(settings: Settings) -> set[str]:
+    """The stages (and ``data.dvc``) that ``dvc repro`` would look at again: something they use or make has changed."""
+    with open_repo(settings) as repo:
+        return set(repo.status())
+
+
+def _data_out(repo: Any) -> Any:
+    """DVC's view of ``data/``; None when there is no data.dvc yet."""
+    if not (Path(repo.root_dir) / DATA_RECORD).is_file():
+        return None
+    (stage,) = repo.stage.load_file(DATA_RECORD)
+    return stage.outs[0]
+
+
+def _md5_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
