@@ -1,0 +1,72 @@
+"""What all tests share: the real data, the workspace they run in, and a plan for two workers.
+
+Tests of one file stay on one worker, and all of tests/stack on one, since they share a running stack.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "test-output"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    stack = []
+    others = []
+    for item in items:
+        in_stack = (ROOT / "tests" / "stack") in item.path.parents
+        item.add_marker(pytest.mark.xdist_group("stack" if in_stack else str(item.path)))
+        (stack if in_stack else others).append(item)
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+    items[:] = stack + others  # the longest group first, so that the other worker fills the time beside it
+
+
+@pytest.fixture(scope="session")
+def raw_data() -> Path:
+    """The folder with the four MNIST files, fetched and verified by the product's own ingest if need be."""
+    OUTPUT.mkdir(exist_ok=True)
+    with FileLock(OUTPUT / "ingest.lock"):
+        subprocess.run([sys.executable, "-m", "pipelines", "ingest"], cwd=ROOT, check=True, timeout=300)
+    return ROOT / "data"
+
+
+def copy_checkout(target: Path) -> Path:
+    """A fresh checkout of the working tree as it is now, in ``target``: its own git and DVC, nothing built.
+
+    It shares the DVC cache of this checkout, so that what was built here once is taken from there.
+    """
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    for name in listing.stdout.decode().split("\0"):
+        source = ROOT / name
+        if name and source.is_file():
+            copy = target / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, copy)
+    git = ["git", "-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+    for command in ([*git, "init", "-q", "-b", "main"], [*git, "add", "-A"], [*git, "commit", "-qm", "a checkout"]):
+        subprocess.run(command, cwd=target, check=True, capture_output=True)
+    cache = ROOT / ".dvc" / "cache"
+    (target / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache}\n")
+    return target
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """This process's environment without any DIGITS_* or PREFECT_* setting of its user."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DIGITS_", "PREFECT_"))}
+    return {**kept, "DO_NOT_TRACK": "1", **extra}

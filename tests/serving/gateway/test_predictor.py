@@ -1,0 +1,242 @@
+"""Coalescing, order, deadlines, places: the transport-free service before a real model server."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from digits.errors import ModelUnavailable, Overloaded, UpstreamTimeout
+from serving.gateway.predictor import Answer
+from tests.serving.gateway.conftest import Here, eventually, random_images
+from tests.serving.gateway.upstream_server import expected_probabilities
+
+
+def far() -> float:
+    return time.monotonic() + 20
+
+
+def check(answer: Answer, image_u8: np.ndarray) -> None:
+    expected = expected_probabilities(image_u8[None])[0]
+    assert answer.digit == image_u8[0] % 10
+    np.testing.assert_allclose(answer.probabilities, expected)
+    assert answer.confidence == max(answer.probabilities)
+
+
+def test_calls_that_arrive_while_one_is_under_way_go_upstream_together(start: Callable[..., Here]) -> None:
+    """While the first call is held upstream 50 more arrive: they make one call of 50."""
+    here = start(max_upstream_calls=1)
+    images = random_images(51)
+
+    async def calls() -> list[list[Answer]]:
+        here.behaviour.hold = asyncio.Event()
+        predictor = here.gateway.predictor
+        first = predictor.submit(images[0].tobytes(), 1, far())
+        while not here.behaviour.under_way:
+            await asyncio.sleep(0.001)
+        others = [predictor.submit(image.tobytes(), 1, far()) for image in images[1:]]
+        await asyncio.sleep(0.02)
+        here.behaviour.hold.set()
+        return await asyncio.gather(first, *others)
+
+    answers = here.thread.run(calls())
+    assert here.behaviour.batches == [1, 50]
+    for [answer], image in zip(answers, images, strict=True):
+        check(answer, image)
+
+
+def test_a_lone_call_is_not_held_back_for_company(here: Here) -> None:
+    """Nothing is under way, so each call goes at once and alone: three calls one after another are three batches."""
+    for image in random_images(3):
+        here.thread.run(_await(here, image.tobytes(), 1))
+    assert here.behaviour.batches == [1, 1, 1]
+
+
+def test_batches_are_bounded_in_images_and_calls_in_number(start: Callable[..., Here]) -> None:
+    """At most 16 images a call and 2 calls at a time, however many wait."""
+    here = start(max_batch_images=16, max_upstream_calls=2)
+    here.behaviour.delay_s = 0.005
+
+    async def calls() -> None:
+        submit = here.gateway.predictor.submit
+        await asyncio.gather(*(submit(image.tobytes(), 1, far()) for image in random_images(200)))
+
+    here.thread.run(calls())
+    assert sum(here.behaviour.batches) == 200
+    assert max(here.behaviour.batches) == 16
+    assert here.behaviour.most_under_way == 2
+
+
+def test_a_call_of_more_images_than_a_batch_goes_alone_and_whole(start: Callable[..., Here]) -> None:
+    """A caller's images are never split over two model versions."""
+    here = start(max_batch_images=8)
+    images = random_images(20)
+    answers = here.thread.run(_await(here, images.tobytes(), 20))
+    assert here.behaviour.batches == [20]
+    for answer, image in zip(answers, images, strict=True):
+        check(answer, image)
+
+
+def test_each_of_thousands_of_callers_gets_its_own_answers(start: Callable[..., Here]) -> None:
+    """5,000 calls of 1 to 5 images, sent at random times against a jittery model server: no answer is another's."""
+    here = start(max_batch_images=32, max_upstream_calls=4, max_queue_images=100_000)
+    chance = random.Random(7)
+    images = random_images(25_000)
+
+    async def caller(at: int, count: int) -> None:
+        await asyncio.sleep(chance.random() * 0.5)
+        here.behaviour.delay_s = chance.random() * 0.003
+        mine = images[at : at + count]
+        answers = await here.gateway.predictor.submit(mine.tobytes(), count, far())
+        assert [answer.digit for answer in answers] == (mine[:, 0] % 10).tolist()
+        expected = (mine[:, 1].astype(np.float32) + 1) / 512 + 0.5
+        np.testing.assert_array_equal(np.float32([answer.confidence for answer in answers]), expected)
+
+    async def calls() -> None:
+        await asyncio.gather(*(caller(at * 5, chance.randint(1, 5)) for at in range(5000)))
+
+    here.thread.run(calls())
+    assert max(here.behaviour.batches) > 1
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=30), seed=st.integers(0, 2**32 - 1))
+def test_any_mix_of_call_sizes_is_answered_in_order(here: Here, counts: list[int], seed: int) -> None:
+    """Whatever sizes arrive together, each caller gets one answer for each of its images, in its order."""
+    images = random_images(sum(counts), seed)
+    starts = np.cumsum([0, *counts])
+
+    async def calls() -> list[list[Answer]]:
+        submit = here.gateway.predictor.submit
+        parts = [images[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        return await asyncio.gather(*(submit(part.tobytes(), len(part), far()) for part in parts))
+
+    answers = [answer for one in here.thread.run(calls()) for answer in one]
+    assert [answer.digit for answer in answers] == (images[:, 0] % 10).tolist()
+
+
+def test_a_call_whose_deadline_has_passed_is_never_sent(start: Callable[..., Here]) -> None:
+    """Both one that comes too late and one whose time runs out in the queue are refused, and the server never sees them."""
+    here = start(max_upstream_calls=1)
+    images = random_images(3)
+    images[:, 0] = [1, 2, 3]
+
+    async def calls() -> list[object]:
+        here.behaviour.hold = asyncio.Event()
+        submit = here.gateway.predictor.submit
+        with pytest.raises(UpstreamTimeout):
+            submit(images[0].tobytes(), 1, time.monotonic() - 0.001)
+        held = submit(images[1].tobytes(), 1, far())
+        while not here.behaviour.under_way:
+            await asyncio.sleep(0.001)
+        late = submit(images[2].tobytes(), 1, time.monotonic() + 0.05)
+        [late_answer] = await asyncio.gather(late, return_exceptions=True)
+        assert here.gateway.predictor.queued_images == 0
+        here.behaviour.hold.set()
+        return [await held, late_answer]
+
+    held, late = here.thread.run(calls())
+    assert held[0].digit == 2
+    assert isinstance(late, UpstreamTimeout)
+    here.thread.run(_await(here, images[0].tobytes(), 1))
+    assert here.behaviour.first_pixels == [2, 1]
+
+
+def test_a_caller_that_leaves_frees_its_place(start: Callable[..., Here]) -> None:
+    """With a full queue the next call is refused; once a waiting caller has gone it is taken, and the gone one is not sent."""
+    here = start(max_upstream_calls=1, max_queue_images=2)
+    images = random_images(5)
+    images[:, 0] = range(5)
+
+    async def calls() -> None:
+        here.behaviour.hold = asyncio.Event()
+        submit = here.gateway.predictor.submit
+        held = submit(images[0].tobytes(), 1, far())
+        while not here.behaviour.under_way:
+            await asyncio.sleep(0.001)
+        leaver = asyncio.create_task(_awaited(submit(images[1].tobytes(), 1, far())))
+        stayer = submit(images[2].tobytes(), 1, far())
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            submit(images[3].tobytes(), 1, far())
+        leaver.cancel()
+        await asyncio.gather(leaver, return_exceptions=True)
+        assert here.gateway.predictor.queued_images == 1
+        taken = submit(images[4].tobytes(), 1, far())
+        here.behaviour.hold.set()
+        await asyncio.gather(held, stayer, taken)
+
+    here.thread.run(calls())
+    assert here.behaviour.first_pixels == [0, 2, 4]
+
+
+def test_one_impatient_caller_does_not_spoil_the_batch_it_is_in(start: Callable[..., Here]) -> None:
+    """Two go upstream together; the deadline of one passes while the model works; the other gets its answer."""
+    here = start(max_upstream_calls=1)
+    images = random_images(2)
+
+    async def calls() -> list[object]:
+        here.behaviour.hold = asyncio.Event()
+        submit = here.gateway.predictor.submit
+        impatient = submit(images[0].tobytes(), 1, time.monotonic() + 0.05)
+        patient = submit(images[1].tobytes(), 1, far())
+        [first] = await asyncio.gather(impatient, return_exceptions=True)
+        here.behaviour.hold.set()
+        return [first, await patient]
+
+    impatient, patient = here.thread.run(calls())
+    assert isinstance(impatient, UpstreamTimeout)
+    check(patient[0], images[1])
+    assert here.behaviour.batches == [2]
+
+
+def test_closing_refuses_new_calls_and_answers_those_that_wait(here: Here) -> None:
+    """Draining loses nothing that was accepted."""
+    image = random_images(1)[0]
+
+    async def calls() -> list[Answer]:
+        predictor = here.gateway.predictor
+        waiting = predictor.submit(image.tobytes(), 1, far())
+        closing = asyncio.create_task(predictor.close())
+        await asyncio.sleep(0)
+        with pytest.raises(ModelUnavailable):
+            predictor.submit(image.tobytes(), 1, far())
+        await closing
+        return await waiting
+
+    check(here.thread.run(calls())[0], image)
+
+
+def test_images_of_another_size_are_a_defect_of_the_caller(here: Here) -> None:
+    """The adapters make canonical images; anything else must not reach the model."""
+    for bad in (b"", b"x" * 783, b"x" * 785):
+        with pytest.raises(ValueError, match="784"):
+            here.gateway.predictor.submit(bad, 1, far())
+
+
+def test_waits_batches_and_answers_are_counted(here: Here) -> None:
+    """The metrics of the predictor hold what happened."""
+    images = random_images(4)
+    images[:, 0] = [1, 1, 7, 9]
+    images[:, 1] = 255  # confidence 1.0
+    here.thread.run(_await(here, images.tobytes(), 4))
+    assert here.metric("digits_predictions_total", digit="1", model_version="3") == 2
+    assert here.metric("digits_predictions_total", digit="7", model_version="3") == 1
+    assert here.metric("digits_prediction_confidence_count", model_version="3") == 4
+    assert here.metric("digits_prediction_confidence_bucket", model_version="3", le="0.999") == 0
+    assert here.metric("digits_batch_images_sum") == 4
+    assert here.metric("digits_queue_wait_seconds_count") == 1
+    assert here.metric("digits_upstream_calls_total", code="OK") == 1
+    eventually(lambda: here.metric("digits_upstream_calls_in_flight") == 0)
+
+
+async def _await(here: Here, images_u8: bytes, count: int) -> list[Answer]:
+    return await here.gateway.predictor.submit(images_u8, count, far())
+
+
+async def _awaited(waiting: "asyncio.Future[list[Answer]]") -> list[Answer]:
+    return await waiting

@@ -1,0 +1,144 @@
+"""A model server with a model one can check by hand: a real gRPC server on a real socket, TensorFlow Serving's paths.
+
+Its digit is ``pixel[0] % 10`` and its confidence ``(pixel[1] + 1) / 512 + 0.5``, so that every answer says which image
+it belongs to. Run it alone for measurements: ``python tests/serving/gateway/upstream_server.py PORT``.
+"""
+
+import asyncio
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import numpy as np
+
+from serving.protos import upstream_pb2 as pb
+
+
+def expected_probabilities(images_u8: np.ndarray) -> np.ndarray:
+    """uint8 (N, 784) → float32 (N, 10)."""
+    confidence = (images_u8[:, 1].astype(np.float32) + 1) / 512 + 0.5
+    rows = np.repeat(((1 - confidence) / 9)[:, None], 10, axis=1).astype(np.float32)
+    rows[np.arange(len(rows)), images_u8[:, 0] % 10] = confidence
+    return rows
+
+
+@dataclass
+class Behaviour:
+    """What a test may turn while the server runs, and what it may read."""
+
+    delay_s: float = 0.0
+    version: int = 3
+    state: int = pb.ModelVersionStatus.AVAILABLE
+    abort: tuple[grpc.StatusCode, str] | None = None
+    as_content: bool = False
+    spoil: Any = None  # (PredictResponse) -> bytes
+    hold: asyncio.Event | None = None  # calls wait for it
+    batches: list[int] = field(default_factory=list)
+    first_pixels: list[int] = field(default_factory=list)
+    under_way: int = 0
+    most_under_way: int = 0
+
+
+class TestUpstream:
+    """Starts and stops; the port stays the same between starts."""
+
+    __test__ = False
+
+    def __init__(self) -> None:
+        self.behaviour = Behaviour()
+        self.port = 0
+        self._server: Any = None
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    async def start(self, port: int | None = None) -> None:
+        self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)))
+        predict = grpc.unary_unary_rpc_method_handler(
+            self._predict, pb.PredictRequest.FromString, lambda answer: answer
+        )
+        status = grpc.unary_unary_rpc_method_handler(
+            self._status, pb.GetModelStatusRequest.FromString, pb.GetModelStatusResponse.SerializeToString
+        )
+        self._server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler("tensorflow.serving.PredictionService", {"Predict": predict}),
+                grpc.method_handlers_generic_handler("tensorflow.serving.ModelService", {"GetModelStatus": status}),
+            )
+        )
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port if port is None else port}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop(0)
+
+    async def wait(self) -> None:
+        await self._server.wait_for_termination()
+
+    async def _predict(self, request: pb.PredictRequest, context: Any) -> bytes:
+        behaviour = self.behaviour
+        tensor = request.inputs["images"]
+        shape = [dim.size for dim in tensor.tensor_shape.dim]
+        assert tensor.dtype == pb.DT_UINT8
+        assert shape[1:] == [28, 28]
+        images_u8 = np.frombuffer(tensor.tensor_content, np.uint8).reshape(shape[0], 784)
+        behaviour.batches.append(shape[0])
+        behaviour.first_pixels += images_u8[:, 0].tolist()
+        behaviour.under_way += 1
+        behaviour.most_under_way = max(behaviour.most_under_way, behaviour.under_way)
+        try:
+            if behaviour.hold is not None:
+                await behaviour.hold.wait()
+            if behaviour.delay_s:
+                await asyncio.sleep(behaviour.delay_s)
+        finally:
+            behaviour.under_way -= 1
+        if behaviour.abort:
+            await context.abort(*behaviour.abort)
+        answer = pb.PredictResponse()
+        answer.model_spec.name = request.model_spec.name
+        answer.model_spec.version.value = behaviour.version
+        outputs = answer.outputs["probabilities"]
+        outputs.dtype = pb.DT_FLOAT
+        outputs.tensor_shape.dim.add(size=shape[0])
+        outputs.tensor_shape.dim.add(size=10)
+        values = expected_probabilities(images_u8).tobytes()
+        if behaviour.as_content:
+            outputs.tensor_content = values
+        else:
+            outputs.float_val = values
+        return behaviour.spoil(answer) if behaviour.spoil else answer.SerializeToString()
+
+    async def _status(self, request: pb.GetModelStatusRequest, context: Any) -> pb.GetModelStatusResponse:
+        if request.model_spec.name != "digits":
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
+        answer = pb.GetModelStatusResponse()
+        answer.model_version_status.add(version=self.behaviour.version, state=self.behaviour.state)
+        return answer
+
+
+async def _main(port: int, delay_s: float) -> None:
+    upstream = TestUpstream()
+    upstream.behaviour.delay_s = delay_s
+    upstream.behaviour.first_pixels = _Forgets()
+    upstream.behaviour.batches = batches = []
+    await upstream.start(port)
+    print(upstream.port, flush=True)
+    while True:
+        await asyncio.sleep(5)
+        if batches:
+            print(len(batches), "calls, mean batch", sum(batches) / len(batches), flush=True)
+            batches.clear()
+
+
+class _Forgets(list):
+    def __iadd__(self, other: object) -> "_Forgets":  # type: ignore[override]
+        return self
+
+
+if __name__ == "__main__":
+    import uvloop
+
+    uvloop.run(_main(int(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 0.0))

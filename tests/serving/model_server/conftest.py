@@ -1,0 +1,216 @@
+"""Tiny SavedModels with the contract's signatures, and real server processes that serve them."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def export_tiny(path: Path, version: int) -> None:
+    """Write a model whose ``digit`` is always its version, whose probabilities depend on image and version."""
+    import tensorflow as tf
+
+    class Tiny(tf.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            rng = np.random.default_rng(version)
+            self.weights = tf.Variable(rng.normal(0, 0.01, (784, 10)).astype(np.float32))
+            self.bias = tf.Variable(np.eye(10, dtype=np.float32)[version % 10] * 3)
+
+        @tf.function(input_signature=[tf.TensorSpec([None, 28, 28], tf.uint8, name="images")])
+        def serving_default(self, images: Any) -> Any:
+            flat = tf.reshape(tf.cast(images, tf.float32) / 255.0, [-1, 784])
+            probabilities = tf.nn.softmax(flat @ self.weights + self.bias)
+            return {"probabilities": probabilities, "digit": tf.argmax(probabilities, -1)}
+
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
+        def encoded(self, image_bytes: Any) -> Any:
+            def decode(encoded: Any) -> Any:
+                return tf.ensure_shape(tf.io.decode_png(encoded, channels=1)[..., 0], [28, 28])
+
+            return self.serving_default(tf.map_fn(decode, image_bytes, fn_output_signature=tf.uint8))
+
+        @tf.function(
+            input_signature=[
+                tf.TensorSpec([None], kind, name=name)
+                for name, kind in {
+                    "f16": tf.float16, "f32": tf.float32, "f64": tf.float64, "i8": tf.int8, "i32": tf.int32,
+                    "i64": tf.int64, "u8": tf.uint8, "u32": tf.uint32, "flag": tf.bool, "text": tf.string,
+                }.items()
+            ]
+        )  # fmt: skip
+        def echo(self, f16, f32, f64, i8, i32, i64, u8, u32, flag, text) -> Any:
+            values = {
+                "f16": f16, "f32": f32, "f64": f64, "i8": i8, "i32": i32, "i64": i64, "u8": u8, "u32": u32,
+                "flag": flag, "text": text, "text_bytes": text,
+            }  # fmt: skip
+            return {f"{name}": tf.identity(value) for name, value in values.items()}
+
+        @tf.function(input_signature=[tf.TensorSpec([], tf.int32, name="steps")])
+        def slow(self, steps: Any) -> Any:
+            square = tf.eye(64)
+            for _ in tf.range(steps):
+                square = square @ square
+            return {"sum": tf.reduce_sum(square), "steps": steps}
+
+    module = Tiny()
+    signatures = {name: getattr(module, name) for name in ("serving_default", "encoded", "echo", "slow")}
+    tf.saved_model.save(module, str(path), signatures=signatures)
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Version number → an exported SavedModel that answers with that digit. Not to be changed: copy it."""
+    folder = tmp_path_factory.mktemp("exports")
+    paths = {version: folder / f"export-{version}" for version in (1, 2, 3)}
+    for version, path in paths.items():
+        export_tiny(path, version)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def publish(exports: dict[int, Path]) -> Callable[..., Path]:
+    """``publish(base_path, version, change=…)``: copy, optionally change, then rename into place as a release does."""
+
+    def publish(base_path: Path, version: int, change: Callable[[Path], object] = lambda _: None) -> Path:
+        base_path.mkdir(parents=True, exist_ok=True)
+        staging = base_path / f"tmp-{version}"
+        shutil.copytree(exports[version], staging)
+        change(staging)
+        return staging.rename(base_path / str(version))
+
+    return publish
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "serving.model_server", *map(str, arguments)]
+
+
+class ServerProcess:
+    """``python -m serving.model_server`` on free ports. Its log is kept as parsed JSON lines."""
+
+    def __init__(self, log_path: Path, *arguments: object) -> None:
+        self.port, self.rest_port = free_ports(2)
+        self.log_path = log_path
+        with log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                command(f"--port={self.port}", "--rest_api_port", self.rest_port, *arguments),
+                cwd=REPOSITORY,
+                stdout=log,
+                stderr=log,
+            )
+        self.channel = grpc.insecure_channel(
+            f"127.0.0.1:{self.port}", options=[("grpc.max_receive_message_length", -1)]
+        )
+        self.url = f"http://127.0.0.1:{self.rest_port}"
+
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+
+    def wait_for(self, event: str, timeout_s: float = 60, **fields: object) -> dict[str, Any]:
+        """The first log line of that event with those fields."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for line in self.log():
+                if line["event"] == event and all(line.get(key) == value for key, value in fields.items()):
+                    return line
+            assert self.process.poll() is None, self.log_path.read_text()
+            time.sleep(0.05)
+        raise AssertionError(f"no {event} {fields} in:\n{self.log_path.read_text()}")
+
+    def rest(self, path: str, body: object = None) -> tuple[int, Any]:
+        """GET, or POST when there is a body (bytes as they are, else as JSON): status and parsed answer."""
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, data), timeout=60) as response:
+                return response.status, json.loads(response.read())
+        except urllib.error.HTTPError as err:
+            return err.code, json.loads(err.read())
+
+    def stop(self) -> int:
+        self.channel.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                return self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        return self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
+    """``start_server("--flag=value", …)``; whatever still runs at the end is stopped."""
+    servers: list[ServerProcess] = []
+
+    def start(*arguments: object) -> ServerProcess:
+        log_path = tmp_path_factory.mktemp("server") / "log"
+        servers.append(ServerProcess(log_path, *arguments))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line to its end, for the cases in which it ends by itself."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*arguments), cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False,
+            env={**os.environ, "COLUMNS": "100"},
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def served(
+    start_server: Callable[..., ServerProcess],
+    publish: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> ServerProcess:
+    """A server of ``digits`` with version 1, for tests that only ask."""
+    base_path = tmp_path_factory.mktemp("models") / "digits"
+    publish(base_path, 1)
+    server = start_server("--model_name=digits", f"--model_base_path={base_path}", "--rest_api_max_body_bytes=2000000")
+    server.wait_for("version_available", model="digits", version=1)
+    return server
+
+
+@pytest.fixture(scope="session")
+def images() -> np.ndarray:
+    """Seven images of noise, uint8 [7, 28, 28]."""
+    return np.random.default_rng(7).integers(0, 256, (7, 28, 28), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """A TCP port that nobody listens on."""
+    return lambda: free_ports(1)[0]

@@ -1,0 +1,79 @@
+"""params.yaml says what is allowed when it is wrong, and names the key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.training.conftest import ROOT, small_params
+from training.params import BadParams, load_params
+
+
+def load(folder: Path, content: Any) -> Any:
+    path = folder / "params.yaml"
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        YAML().dump(content, path)
+    return load_params(path)
+
+
+def test_the_repositorys_own_params_are_valid_in_every_profile(tmp_path: Path) -> None:
+    content = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+    for profile in content["profiles"]:
+        assert load(tmp_path, {**content, "profile": profile}).profile == profile
+
+
+def test_a_profile_replaces_only_the_values_it_names(tmp_path: Path) -> None:
+    content = small_params(profile="full")
+    content["profiles"] = {"full": {"train": {"epochs": 77}}}
+    params = load(tmp_path, content)
+    assert params.train.epochs == 77
+    assert params.train.batch_size == 50
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"train.learning_rat": 0.1}, ["train.learning_rat", "not a known key", "0.1", "learning_rate", "batch_size"]),
+        ({"train.learning_rate": -1}, ["train.learning_rate is -1", "greater than 0"]),
+        ({"train.epochs": "many"}, ["train.epochs is 'many'", "integer"]),
+        ({"train.optimiser": "lion"}, ["train.optimiser is 'lion'", "'adamw'", "'sgd'"]),
+        ({"train.optimiser": "sgd"}, ["train.weight_decay is 0.05", "optimiser sgd"]),
+        ({"train.momentum": 0.9}, ["train.momentum is 0.9", "only sgd"]),
+        ({"model.l2": 0.001}, ["model.l2 is 0.001", "weight_decay"]),
+        ({"model.hidden_widths": []}, ["model.hidden_widths is []", "at least 1 item"]),
+        ({"validate.class_share": [0.2, 0.1]}, ["validate.class_share is [0.2, 0.1]", "the smaller first"]),
+        ({"gate.min_accuracy": float("nan")}, ["gate.min_accuracy", "finite"]),
+        ({"profile": "warp"}, ["'warp'", "quick, full"]),
+        ({"profiles.full": {"train": {"epoch": 3}}, "profile": "full"}, ["train.epoch", "not a known key"]),
+        ({"profiles.full": {"gate": {}}}, ["profiles.full.gate"]),
+    ],
+)
+def test_a_wrong_key_is_named_with_its_value_and_what_is_allowed(
+    tmp_path: Path, change: dict[str, Any], said: list[str]
+) -> None:
+    with pytest.raises(BadParams) as caught:
+        load(tmp_path, small_params(**change))
+    for words in said:
+        assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    content = small_params()
+    del content["gate"]
+    with pytest.raises(BadParams, match="gate is missing"):
+        load(tmp_path, content)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "just words", ""])
+def test_what_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(BadParams, match=r"params\.yaml"):
+        load(tmp_path, text)
+
+
+def test_a_missing_file_says_where_to_stand(tmp_path: Path) -> None:
+    with pytest.raises(BadParams, match="--root"):
+        load_params(tmp_path / "params.yaml")
