@@ -27,7 +27,7 @@ check: env ## lint, format, types, import rules
 
 .PHONY: test
 test: env ## everything that must pass
-	@python -m pytest $(ARGS)
+	@python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 .PHONY: bench
 bench: env ## side-by-side benchmarks

@@ -74,7 +74,7 @@ def run(
     """Everything, in the foreground until Ctrl-C: release if anything changed, model server, gateway. `make run`."""
     from pipelines.run import run as run_all
 
-    run_all(Settings(), skip_release=skip_release)
+    raise typer.Exit(run_all(Settings(), skip_release=skip_release))
 
 
 def main() -> None:

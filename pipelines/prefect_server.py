@@ -41,31 +41,40 @@ def prepare_environment(settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def server(settings: Settings) -> Iterator[None]:
+def server(settings: Settings, *, with_services: bool = False) -> Iterator[None]:
     """A Prefect server while the block runs: the one PREFECT_API_URL names, or a temporary one of ours.
 
     On entry the temporary one is only started; ``wait_until_ready`` waits for it.
+
+    Args:
+        settings: where, and the port for the browser.
+        with_services: also what a lasting server has: the scheduler, and the UI on ``settings.prefect_port``.
     """
     if os.environ.get("PREFECT_API_URL"):
         yield
         return
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(128)
-        port = listener.getsockname()[1]
+    with _listener(settings.prefect_port if with_services else 0) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
         process = subprocess.Popen(
-            leashed([sys.executable, "-m", "pipelines.prefect_server", str(listener.fileno())]),
+            leashed(
+                [sys.executable, "-m", "pipelines.prefect_server", str(listener.fileno()), str(int(with_services))]
+            ),
             cwd=settings.project,
+            env={
+                **os.environ,
+                "PREFECT_UI_API_URL": url,
+                "PREFECT_UI_STATIC_DIRECTORY": str(settings.project / ".prefect" / "ui"),
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[listener.fileno()],
             start_new_session=True,
         )
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    os.environ["PREFECT_API_URL"] = url
     try:
         yield
-        _send_the_rest()
     finally:
+        _send_the_rest()
         del os.environ["PREFECT_API_URL"]
         stop_session(process)
 
@@ -106,13 +115,28 @@ def wait_until_ready(settings: Settings) -> None:
     )
 
 
-def _serve(descriptor: int) -> None:
+def _listener(port: int) -> socket.socket:
+    """A socket that listens on the port of this machine's loopback, or on any free one when that is taken."""
+    for wanted in (port, 0):
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", wanted))
+            listener.listen(128)
+        except OSError:
+            listener.close()
+            continue
+        return listener
+    raise PrefectUnavailable("no free port was found for a temporary Prefect server")
+
+
+def _serve(descriptor: int, with_services: bool) -> None:
     import uvicorn
     from prefect.server.api.server import create_app
 
-    config = uvicorn.Config(create_app(ephemeral=True, final=True), log_level="error", lifespan="on")
+    config = uvicorn.Config(create_app(ephemeral=not with_services, final=True), log_level="error", lifespan="on")
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=descriptor)])
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(int(sys.argv[1]), with_services=sys.argv[2] == "1")

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, TextIO
 
-_LEASH: Final = Path(__file__).with_name("leash.py")
+LEASH: Final = Path(__file__).with_name("leash.py")
+"""The script that ties a command to its parent."""
+
 _ANSI: Final = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[()][A-Za-z0-9]|\x1b\][^\x07]*\x07")
 _TAIL_LINES: Final = 40
 _STOP_GRACE_S: Final = 10.0
@@ -32,7 +34,7 @@ class Finished:
 
 def leashed(command: Sequence[str], terminal: str = "-") -> list[str]:
     """The command wrapped so that it dies with this process (see leash.py)."""
-    return [sys.executable, "-I", "-S", str(_LEASH), str(os.getpid()), terminal, *command]
+    return [sys.executable, "-I", "-S", str(LEASH), str(os.getpid()), terminal, *command]
 
 
 def stream(

@@ -23,7 +23,7 @@ from digits import contract
 from digits.errors import DigitsError
 from pipelines import versioning
 from pipelines.candidate import Candidate, read_candidate
-from pipelines.dataset import sha256_of
+from pipelines.dataset import digest_of
 from pipelines.disk import disk_errors, fsync_folder, fsync_tree, read_yaml, write_json, write_json_atomically
 from pipelines.locks import only_one
 from pipelines.processes import stream
@@ -184,13 +184,13 @@ def _lineage(
         "model_sha256": candidate.model_sha256,
         "git": _git_state(settings.project),
         "data_md5": versioning.data_hash(settings),
-        "params_sha256": sha256_of(params),
+        "params_sha256": digest_of(params),
         "params": read_yaml(params),
         "stages": _stage_hashes(settings.project / "dvc.lock"),
         "metrics": candidate.metrics,
         "decision": candidate.decision,
         "files_sha256": {
-            str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()
+            str(path.relative_to(folder)): digest_of(path) for path in sorted(folder.rglob("*")) if path.is_file()
         },
         "packages": _package_versions(),
         "python": sys.version.split()[0],

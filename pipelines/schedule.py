@@ -14,7 +14,7 @@ def schedule(settings: Settings, cron: str, name: str) -> None:
     """
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")  # no one watches: the log is all there is
     prefect_server.prepare_environment(settings)
-    with prefect_server.server(settings):
+    with prefect_server.server(settings, with_services=True):
         from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 
         from pipelines.flows import release

@@ -68,6 +68,9 @@ class Settings(BaseSettings):
     prefect_start_timeout_s: Seconds = 120.0
     """How long the temporary Prefect server may take to start. Not used when PREFECT_API_URL names a server."""
 
+    prefect_port: Port = 4200
+    """Where `pipelines schedule` shows Prefect's UI, when it runs a server of its own. Taken: any free port."""
+
     ready_timeout_s: Seconds = 180.0
     """How long ``pipelines run`` waits until the gateway is ready, once a version is published."""
 

@@ -168,7 +168,7 @@ def unpack_tar(attempt: Attempt, archive: Path) -> None:
                     continue
                 _write_exactly(content, attempt.folder / file.name, file)
                 del wanted[_plain(file.name)]
-                attempt.progress.advance(file.size_bytes)
+                attempt.progress.advance(file.size_bytes or 0)
     if wanted:
         raise SourceFailed(f"{archive.name} lacks {', '.join(file.name for file in wanted.values())}")
 
@@ -180,6 +180,7 @@ def _plain(name: str) -> str:
 
 def _write_exactly(content: _Readable, path: Path, expected: RawFile) -> None:
     """Copy a stream to a file, never more than its expected size, and compare its SHA-256."""
+    assert expected.size_bytes is not None
     digest, count = hashlib.sha256(), 0
     with path.open("wb") as out:
         while chunk := content.read(min(_CHUNK_BYTES, expected.size_bytes + 1 - count)):
@@ -189,9 +190,9 @@ def _write_exactly(content: _Readable, path: Path, expected: RawFile) -> None:
     if count != expected.size_bytes:
         size = f"more than {expected.size_bytes:,}" if count > expected.size_bytes else f"{count:,}"
         raise SourceFailed(f"{expected.name} has {size} bytes, expected {expected.size_bytes:,}")
-    if digest.hexdigest() != expected.sha256:
+    if digest.hexdigest() != expected.digest:
         raise SourceFailed(
-            f"{expected.name} has SHA-256 {digest.hexdigest()[:12]}…, expected {expected.sha256[:12]}…: not used"
+            f"{expected.name} has SHA-256 {digest.hexdigest()[:12]}…, expected {expected.digest[:12]}…: not used"
         )
 
 

@@ -1,7 +1,6 @@
 """What we ask of DVC: the raw data's cache and record, and the graph of stages. ``dvc`` is imported on first use."""
 
 import contextlib
-import hashlib
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any, Final
 from ruamel.yaml.error import YAMLError
 
 from digits.errors import DigitsError
+from pipelines.dataset import RawFile, digest_of
 from pipelines.disk import read_yaml
 from pipelines.settings import Settings
 
@@ -51,21 +51,31 @@ def open_repo(settings: Settings) -> Iterator[Any]:
         raise VersioningError(f"DVC: {' '.join(str(err).split())}") from err
 
 
+def recorded_data_hash(repo: Any) -> str | None:
+    """What data.dvc records for ``data/``; None when there is no data.dvc yet."""
+    out = _data_out(repo)
+    return None if out is None else str(out.hash_info.value)
+
+
+def recorded_data_files(repo: Any) -> tuple[RawFile, ...] | None:
+    """The files that data.dvc records, with their MD5; None when the DVC cache lacks the list of them."""
+    out = _data_out(repo)
+    if out is None:
+        return None
+    try:
+        entries = json.loads(Path(out.cache.oid_to_path(out.hash_info.value)).read_bytes())
+        return tuple(RawFile(entry["relpath"], entry["md5"], algorithm="md5") for entry in entries)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def cached_data_files(repo: Any) -> dict[str, Path]:
-    """Name in ``data/`` -> path of its object in the DVC cache, as data.dvc says; empty if the cache lacks the list.
+    """Name in ``data/`` -> path of its object in the DVC cache; empty when the cache lacks the list of files.
 
     The paths are where the objects belong; they need not exist or be sound.
     """
-    out = _data_out(repo)
-    if out is None:
-        return {}
-    listing = Path(out.cache.oid_to_path(out.hash_info.value))
-    try:
-        content = listing.read_bytes()
-        entries = {entry["relpath"]: entry["md5"] for entry in json.loads(content)}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return {name: Path(out.cache.oid_to_path(md5)) for name, md5 in entries.items()}
+    out, files = _data_out(repo), recorded_data_files(repo) or ()
+    return {file.name: Path(out.cache.oid_to_path(file.digest)) for file in files}
 
 
 def drop_damaged_objects(repo: Any) -> list[str]:
@@ -82,7 +92,7 @@ def drop_damaged_objects(repo: Any) -> list[str]:
     paths = {"(the list of files)": Path(out.cache.oid_to_path(out.hash_info.value)), **cached_data_files(repo)}
     dropped = []
     for name, path in paths.items():
-        if path.is_file() and _md5_of(path) != (path.parent.name + path.name).removesuffix(".dir"):
+        if path.is_file() and digest_of(path, "md5") != (path.parent.name + path.name).removesuffix(".dir"):
             path.unlink()
             dropped.append(name)
     return dropped
@@ -108,11 +118,15 @@ def fetch_data(settings: Settings, timeout_s: float) -> str | None:
     return None
 
 
-def record_data(repo: Any) -> bool:
+def record_data(repo: Any, *, replace: bool) -> bool:
     """Put ``data/`` into the cache and see that it is what data.dvc says. ``dvc status data.dvc`` is clean afterwards.
 
+    Args:
+        repo: the project.
+        replace: rewrite a data.dvc that says otherwise. Right only when the files are known to be the meant ones.
+
     Returns:
-        Whether data.dvc is new. An existing one is never rewritten here.
+        Whether data.dvc was written.
 
     Raises:
         VersioningError: ``data/`` holds something else than data.dvc records.
@@ -127,13 +141,15 @@ def record_data(repo: Any) -> bool:
     with repo.lock:
         stage.save()
         found = stage.outs[0].hash_info.value
-        if found != recorded:
+        if found != recorded and not replace:
             raise VersioningError(
                 f"data/ holds other files than data.dvc records (expected {recorded}, came {found}). Remove what does "
-                "not belong there, or, if this is new data of yours, record it: dvc add data"
+                "not belong there; or, if the change is meant, record it: dvc add data"
             )
         stage.commit()
-    return False
+        if found != recorded:
+            stage.dump()
+    return bool(found != recorded)
 
 
 def data_hash(settings: Settings) -> str:
@@ -182,8 +198,3 @@ def _data_out(repo: Any) -> Any:
         return None
     (stage,) = repo.stage.load_file(DATA_RECORD)
     return stage.outs[0]
-
-
-def _md5_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -1,6 +1,7 @@
 """Measure the candidate on the test split, once: figures with their uncertainty, and pictures of what went wrong."""
 
 import csv
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,10 @@ from training.workspace import BadArtifact, Workspace, load_split, read_json, wh
 
 
 def evaluate(workspace: Workspace, params: Params, console: Console) -> None:
-    """The stage: write metrics.json, predictions.npz, confusion.{csv,png}, mistakes.png and reliability.png.
+    """The stage: write metrics.json, tables, pictures and predictions.npz.
+
+    metrics.json holds the headline figures alone, so that `dvc metrics show` fits a screen; those of each digit are in
+    classes.csv.
 
     Raises:
         BadArtifact: the test split is not the one that was sealed.
@@ -28,16 +32,16 @@ def evaluate(workspace: Workspace, params: Params, console: Console) -> None:
     model = load_model(workspace.artifact("train", "model.keras"))
     probabilities = predict_probabilities(model, test.images)
     metrics = measure(probabilities, test.labels, params.evaluate.reliability_bins)
-    bins = metrics.pop("reliability")
+    bins, classes = metrics.pop("reliability"), metrics.pop("classes")
     predicted = probabilities.argmax(axis=1)
 
     out = workspace.stage_dir("evaluate")
     with whole_file(out / "predictions.npz") as part:
         np.savez(part, probabilities=probabilities, labels=test.labels)
-    with whole_file(out / "confusion.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["actual", "predicted"])
-        writer.writerows(zip(test.labels.tolist(), predicted.tolist(), strict=True))
+    answers = zip(test.labels.tolist(), predicted.tolist(), strict=True)
+    _write_csv(out / "confusion.csv", [{"actual": actual, "predicted": read} for actual, read in answers])
+    _write_csv(out / "classes.csv", classes)
+    _write_csv(out / "reliability.csv", bins)
 
     count, errors = metrics["test_images"], metrics["errors"]
     interval = f"{metrics['accuracy_low']:.2%} to {metrics['accuracy_high']:.2%}"
@@ -49,7 +53,7 @@ def evaluate(workspace: Workspace, params: Params, console: Console) -> None:
     draw_reliability(out / "reliability.png", bins, metrics["ece"], count)
     write_json(
         out / "metrics.json",
-        {"schema": 1, "model_sha256": model_sha256(model), "test_sha256": sealed, **metrics, "reliability": bins},
+        {"schema": 1, "model_sha256": model_sha256(model), "test_sha256": sealed, **metrics},
     )
     console.print(f"test accuracy {headline}; macro F1 {metrics['macro_f1']:.4f}, ECE {metrics['ece']:.4f}")
 
@@ -90,15 +94,16 @@ def measure(probabilities: np.ndarray, labels: np.ndarray, bin_count: int) -> di
         "nll": float(-np.log(np.maximum(truth, 1e-12)).mean()),
         "brier": float(((probabilities - np.eye(CLASS_COUNT)[labels]) ** 2).sum(axis=1).mean()),
         "ece": float(ece),
-        "classes": {
-            str(k): {
+        "classes": [
+            {
+                "digit": k,
                 "images": int(confusion[k].sum()),
                 "precision": float(precision[k]),
                 "recall": float(recall[k]),
                 "f1": float(f1[k]),
             }
             for k in range(CLASS_COUNT)
-        },
+        ],
         "reliability": bins,
     }
 
@@ -143,3 +148,10 @@ def reliability_bins(probabilities: np.ndarray, labels: np.ndarray, bin_count: i
             }
         )
     return bins
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

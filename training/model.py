@@ -1,7 +1,7 @@
 """The multilayer perceptron, its optimiser and its learning-rate schedule, as params.yaml describes them."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from training.params import ModelParams, TrainParams
 from training.workspace import BadArtifact
 
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
+_PREDICT_BATCH = 1000
 
 
 def resolve_precision(precision: str) -> str:
@@ -103,15 +104,27 @@ def load_model(path: Path) -> keras.Model:
         raise BadArtifact(f"{path} cannot be read as a Keras model: {err}. Run `dvc repro train`.") from err
 
 
-def predict_probabilities(model: keras.Model, images_u8: np.ndarray, batch: int = 1000) -> np.ndarray:
-    """Class probabilities, float32 (N, 10), of uint8 images (N, 28, 28)."""
+def build_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from uint8 images (N, 28, 28) to class probabilities float32 (N, 10).
+
+    It follows the model's weights as they change, and compiles once.
+    """
 
     @tf.function(reduce_retracing=True)
     def answer(images: Any) -> Any:
         return tf.nn.softmax(model(tf.cast(images, tf.float32), training=False))
 
-    parts = [answer(tf.constant(images_u8[i : i + batch])).numpy() for i in range(0, len(images_u8), batch)]
-    return np.concatenate(parts) if parts else np.zeros((0, CLASS_COUNT), np.float32)
+    def predict(images_u8: np.ndarray) -> np.ndarray:
+        batches = range(0, len(images_u8), _PREDICT_BATCH)
+        parts = [answer(tf.constant(images_u8[i : i + _PREDICT_BATCH])).numpy() for i in batches]
+        return np.concatenate(parts) if parts else np.zeros((0, CLASS_COUNT), np.float32)
+
+    return predict
+
+
+def predict_probabilities(model: keras.Model, images_u8: np.ndarray) -> np.ndarray:
+    """Class probabilities, float32 (N, 10), of uint8 images (N, 28, 28)."""
+    return build_predict(model)(images_u8)
 
 
 def weights_sha256(named_arrays: Iterable[tuple[str, np.ndarray]]) -> str:

@@ -24,9 +24,9 @@ from training.curves import draw_curves
 from training.model import (
     build_model,
     build_optimiser,
+    build_predict,
     build_schedule,
     model_sha256,
-    predict_probabilities,
     resolve_precision,
 )
 from training.params import BadParams, Params, TrainParams
@@ -111,6 +111,7 @@ def fit(learn: Split, held_out: Split, params: Params, console: Console) -> tupl
 
     model = build_model(params.model, resolve_precision(setting.precision))
     averaged = build_model(params.model, "float32")
+    predict = build_predict(averaged)
     loop = _Loop(model, learn, params, total_steps)
     history: list[Epoch] = []
     rng = np.random.default_rng(params.seed)
@@ -136,7 +137,7 @@ def fit(learn: Split, held_out: Split, params: Params, console: Console) -> tupl
                     note += f"  validation {history[-1].validation_accuracy:.2%}"
                 progress.update(task, advance=len(chunk), note=note)
             loop.copy_average_to(averaged)
-            validation_loss, validation_accuracy = score(averaged, held_out)
+            validation_loss, validation_accuracy = score(predict(held_out.images), held_out.labels)
             history.append(
                 Epoch(
                     epoch=epoch,
@@ -151,11 +152,10 @@ def fit(learn: Split, held_out: Split, params: Params, console: Console) -> tupl
     return averaged, history
 
 
-def score(model: keras.Model, split: Split) -> tuple[float, float]:
-    """Mean negative log-likelihood and accuracy of a model on a split."""
-    probabilities = predict_probabilities(model, split.images)
-    truth = probabilities[np.arange(len(split.labels)), split.labels]
-    return float(-np.log(np.maximum(truth, 1e-12)).mean()), float((probabilities.argmax(axis=1) == split.labels).mean())
+def score(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Mean negative log-likelihood (nats) and accuracy of answers (N, 10)."""
+    truth = probabilities[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(truth, 1e-12)).mean()), float((probabilities.argmax(axis=1) == labels).mean())
 
 
 class _Loop:

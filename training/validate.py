@@ -17,7 +17,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from digits.contract import CLASS_COUNT, IMAGE_HEIGHT, IMAGE_WIDTH
+from digits.contract import CLASS_COUNT, IMAGE_BYTES, IMAGE_HEIGHT, IMAGE_WIDTH
 from digits.errors import DigitsError
 from training.data import read_raw_split
 from training.params import Params, ValidateParams
@@ -63,10 +63,9 @@ def validate(workspace: Workspace, params: Params, console: Console) -> None:
     if failed:
         console.print(findings_table(failed))
     if must_stop:
-        first = next(f for f in failed if f.severity == "critical")
+        named = "; ".join(f"{f.about}: {f.requirement}: expected {f.expected}, came {f.came}" for f in failed[:4])
         raise DataNotValid(
-            f"{len(failed)} of {len(findings)} expectations about the raw data failed; the first: {first.about}: "
-            f"{first.requirement} (expected {first.expected}, came {first.came}). "
+            f"{len(failed)} of {len(findings)} expectations about the raw data failed: {named}. "
             f"Mend {workspace.raw_dir} (`python -m pipelines ingest`) or `validate` in params.yaml; "
             f"details: {out / 'data_docs' / 'index.html'}"
         )
@@ -87,7 +86,7 @@ def build_frames(splits: dict[str, Split], raw_dir: Path, params: ValidateParams
     hashes = {name: _image_hashes(split.images) for name, split in splits.items()}
     frames = {}
     for name, split in splits.items():
-        pixels = split.images.reshape(len(split.labels), -1)  # (N, 784)
+        pixels = split.images.reshape(len(split.labels), IMAGE_BYTES)  # (N, 784)
         frames[name] = pd.DataFrame(
             {
                 "label": split.labels,

@@ -117,7 +117,12 @@ class DigitsService:
         try:
             async for message in messages:
                 count += 1
-                await answers.put(asyncio.create_task(self._one_of_stream(message, f"{request_id}.{count}", context)))
+                answer = asyncio.create_task(self._one_of_stream(message, f"{request_id}.{count}", context))
+                try:
+                    await answers.put(answer)
+                except asyncio.CancelledError:
+                    answer.cancel()
+                    raise
         finally:
             await answers.put(None)
 

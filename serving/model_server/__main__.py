@@ -6,8 +6,7 @@ Exit status: 0 after SIGTERM or SIGINT, 2 for a command line or address that can
 import os
 import sys
 
-# Before anything imports TensorFlow or gRPC. Without Keras the import takes 5 s, not 10; a server needs none of it.
-os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+# Before anything imports TensorFlow or gRPC: both write plain text otherwise. oneDNN stays on: it is twice as fast.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 

@@ -35,6 +35,7 @@ REFUSED = {
     "ssl_config_file": "TLS is not offered; put a proxy in front",
     "use_alts_credentials": "ALTS is not offered",
     "platform_config_file": "only the TensorFlow platform is offered",
+    "monitoring_config_file": "there are no metrics here; the gateway has them",
     "batching_parameters_file": "server-side batching is not offered; the gateway coalesces calls",
     "tensorflow_session_config_file": "use the --tensorflow_*_parallelism flags",
     "thread_pool_factory_config_file": "use the --tensorflow_*_parallelism flags",

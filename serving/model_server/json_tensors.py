@@ -273,10 +273,10 @@ def _values(alias: str, array: np.ndarray[Any, Any]) -> Any:
     if array.dtype.kind == "O":
         return _strings(array, as_bytes=alias.endswith("_bytes"))
     if array.dtype.kind in "fiub" and array.dtype.itemsize <= 8 and array.dtype != np.float16:
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")
     if array.dtype.kind == "c":
         raise invalid_argument(f"Failed to write JSON value for tensor type: {array.dtype}")
-    return np.ascontiguousarray(array, np.float32)  # float16 and bfloat16 fit exactly
+    return np.asarray(array, np.float32, order="C")  # float16 and bfloat16 fit exactly
 
 
 def _strings(array: np.ndarray[Any, Any], as_bytes: bool) -> Any:
@@ -310,7 +310,8 @@ def _plain(value: Any) -> Any:
     """What the JSON writers leave to us: arrays, with float32 in its shortest spelling."""
     if isinstance(value, np.ndarray):
         if value.dtype == np.float32:
-            return np.frompyfunc(lambda x: float(str(x)), 1, 1)(value).tolist()
+            shortest = [float(str(number)) for number in value.reshape(-1)]
+            return np.array(shortest).reshape(value.shape).tolist()
         return value.tolist()
     if isinstance(value, np.float32):
         return float(str(value))

@@ -115,7 +115,7 @@ class Manager(Generic[S]):
         poll_s: seconds between looks at the base paths; 0 looks once.
         max_retries: further tries of a version that failed to load.
         retry_s: seconds between them.
-        on_change: called without locks after versions came or went.
+        on_change: called after versions came or went, with model name to has-a-version; never twice at a time.
         labels_may_dangle: a label may name a version that is not loaded.
     """
 
@@ -138,6 +138,7 @@ class Manager(Generic[S]):
         self._models: dict[str, _Model[S]] = {}
         self._retired: list[_Model[S]] = []
         self._lock = threading.Lock()
+        self._announcing = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
         self._passes = 0
@@ -410,4 +411,6 @@ class Manager(Generic[S]):
                 del model.versions[number]
 
     def _announce(self) -> None:
-        self._on_change(self.serving())
+        # One at a time, so that what is heard last is what is true.
+        with self._announcing:
+            self._on_change(self.serving())

@@ -4,7 +4,6 @@ Measured on one core with a 1.8 M parameter perceptron and one image: this sessi
 of ``tf.saved_model.load`` 0.24 ms. It runs on the thread that calls it, outside the interpreter lock.
 """
 
-import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 
-from serving.model_server import tensors
+from serving.model_server import runtime, tensors
 from serving.model_server.errors import Code, ServingError, invalid_argument
 
 DEFAULT_SIGNATURE = "serving_default"
 MAX_MESSAGE_CHARS = 2000
 """TensorFlow's messages may name half the graph; gRPC sends them in a header."""
-
-# Its own loader for sessions is called deprecated at each use.
-logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +43,8 @@ class SavedModel:
         self._options = options
         self._lock = threading.Lock()
         self._callables: dict[tuple[str, tuple[str, ...]], _Callable] = {}
-        graph = tf.Graph()
-        self._session = tf.compat.v1.Session(
+        graph = runtime.Graph()
+        self._session = runtime.Session(
             graph=graph,
             config=config_pb2.ConfigProto(
                 # More than one thread inside an operation doubles a single image's time (0.13 to 0.3 ms); with calls in
@@ -60,7 +55,7 @@ class SavedModel:
         )
         try:
             with graph.as_default():
-                loaded = tf.compat.v1.saved_model.load(self._session, list(options.tags), str(path))
+                loaded = runtime.SavedModelLoader(str(path)).load(self._session, list(options.tags))
         except Exception as err:
             self._session.close()
             raise _load_error(path, err) from err
@@ -126,7 +121,7 @@ class _Callable:
 
     def __init__(
         self,
-        session: tf.compat.v1.Session,
+        session: runtime.Session,
         signature: meta_graph_pb2.SignatureDef,
         output_filter: Sequence[str],
         options: Options,
@@ -165,7 +160,7 @@ class _Callable:
             feeds.append(array)
         try:
             results = self._call(*feeds)
-        except tf.errors.OpError as err:
+        except runtime.OpError as err:
             raise ServingError(Code(err.error_code), str(err.message)[:MAX_MESSAGE_CHARS]) from err
         return {alias: np.asarray(results[place]) for alias, place in zip(self._outputs, self._places, strict=True)}
 
@@ -210,10 +205,10 @@ def _fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
 
 
 def _type_of(array: np.ndarray[Any, Any]) -> str:
-    return "string" if array.dtype.kind == "O" else tensors.type_name(tf.as_dtype(array.dtype).as_datatype_enum)
+    return "string" if array.dtype.kind == "O" else tensors.type_name(runtime.as_dtype(array.dtype).as_datatype_enum)
 
 
 def _load_error(path: Path, err: Exception) -> ServingError:
-    if isinstance(err, tf.errors.OpError):
+    if isinstance(err, runtime.OpError):
         return ServingError(Code(err.error_code), str(err.message)[:MAX_MESSAGE_CHARS])
     return ServingError(Code.UNKNOWN, f"{path.name} cannot be loaded: {type(err).__name__}: {err}"[:MAX_MESSAGE_CHARS])

@@ -74,6 +74,8 @@ class Server:
         """Everything that needs TensorFlow, imported here so that all before it was instant."""
         started = time.monotonic()
         with logs.libraries_silenced():
+            from serving.model_server import runtime  # noqa: F401, I001 - before all others: it is what keeps the import short
+
             from serving.model_server import rest, rpc, warmup
             from serving.model_server.api import Api
             from serving.model_server.manager import Manager

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow_serving.apis import prediction_log_pb2
 
-from serving.model_server import tensors
+from serving.model_server import runtime, tensors
 from serving.model_server.errors import Code, ServingError, invalid_argument
 from serving.model_server.saved_model import SavedModel
 
@@ -25,13 +24,13 @@ def replay(model: SavedModel, iterations: int = 1) -> int:
         return 0
     count = 0
     try:
-        for record in tf.compat.v1.io.tf_record_iterator(str(path)):
+        for record in runtime.tf_record_iterator(str(path)):
             count += 1
             if count > MAX_RECORDS:
                 raise invalid_argument(f"Number of warmup records exceeds the maximum ({MAX_RECORDS}) at {path}")
             for _ in range(iterations):
                 _run(model, prediction_log_pb2.PredictionLog.FromString(record))
-    except tf.errors.OpError as err:
+    except runtime.OpError as err:
         raise ServingError(Code.DATA_LOSS, f"{FILE} is damaged: {err.message}") from err
     except DecodeError as err:
         raise ServingError(Code.DATA_LOSS, f"{FILE}: record {count} is no PredictionLog") from err

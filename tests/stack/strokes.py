@@ -353,6 +353,17 @@ def place(paths: Sequence[Path], size: float, centre: Point = (0.5, 0.5)) -> lis
     return [[(centre[0] + (x - 0.5) * size, centre[1] + (y - 0.5) * size) for x, y in path] for path in paths]
 
 
+def thin_out(path: Path, apart: float = 0.07, bend: float = 0.6) -> Path:
+    """Fewer points, as a quick pen reports them: every ``apart``, and where the line turns by ``bend`` radians."""
+    kept = [path[0]]
+    for before, here, after in zip(path, path[1:], path[2:], strict=False):
+        turn = math.atan2(after[1] - here[1], after[0] - here[0]) - math.atan2(here[1] - before[1], here[0] - before[0])
+        turn = abs(math.remainder(turn, 2 * math.pi))
+        if turn > bend or math.hypot(here[0] - kept[-1][0], here[1] - kept[-1][1]) >= apart:
+            kept.append(here)
+    return [*kept, path[-1]]
+
+
 def render(
     paths: Sequence[Path], side: int = 280, width: float = 18, ink: int = 0, paper: int = 255, smooth: bool = True
 ) -> Image.Image:

@@ -67,7 +67,9 @@ class Here:
     def behaviour(self) -> Behaviour:
         return self.upstream.behaviour
 
-    def classify(self, body: bytes, content_type: str | None = "application/octet-stream", **more: Any) -> httpx.Response:
+    def classify(
+        self, body: bytes, content_type: str | None = "application/octet-stream", **more: Any
+    ) -> httpx.Response:
         headers = {"content-type": content_type} if content_type else {}
         return self.http.post("/classify", content=body, headers={**headers, **more})
 
@@ -78,6 +80,11 @@ class Here:
     def log_text(self) -> str:
         self.gateway.logs.flush()
         return self._log.getvalue()
+
+    def forget_log(self) -> None:
+        self.gateway.logs.flush()
+        self._log.seek(0)
+        self._log.truncate()
 
     def log_lines(self, event: str = "request") -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in self.log_text().splitlines()]
@@ -105,38 +112,60 @@ def thread() -> LoopThread:
     return LoopThread()
 
 
+def start_gateway(thread: LoopThread, *, ready: bool = True, **settings: Any) -> Here:
+    """A gateway with these settings before a model server of its own; ready unless told otherwise."""
+    log = io.StringIO()
+    upstream = TestUpstream()
+    thread.run(upstream.start())
+    chosen = {"rest_port": 0, "grpc_port": 0, "status_poll_s": 0.05, "drain_delay_s": 0.0, "drain_timeout_s": 5.0}
+    chosen |= {"upstream": upstream.target, "log_level": "debug", **settings}
+    running = thread.run(Running.start(Settings(**chosen), Logs("debug", "json", log)))
+    here = Here(thread, upstream, running, log)
+    if ready:
+        here.wait_ready()
+    return here
+
+
+def stop_gateway(here: Here) -> None:
+    here.http.close()
+    here.channel.close()
+    if here.behaviour.hold is not None:
+        here.thread.call(here.behaviour.hold.set)
+    if not here.running.rest_ended.done():
+        here.thread.run(here.running.drain())
+    here.thread.run(here.upstream.stop())
+
+
 @pytest.fixture
 def start(thread: LoopThread) -> Iterator[Callable[..., Here]]:
-    """Start a gateway with these settings, ready unless told otherwise."""
+    """Start a gateway of the test's own."""
     started: list[Here] = []
 
-    def begin(*, ready: bool = True, **settings: Any) -> Here:
-        log = io.StringIO()
-        upstream = TestUpstream()
-        thread.run(upstream.start())
-        chosen = {"rest_port": 0, "grpc_port": 0, "status_poll_s": 0.05, "drain_delay_s": 0.0, "drain_timeout_s": 5.0}
-        chosen |= {"upstream": upstream.target, "log_level": "debug", **settings}
-        running = thread.run(Running.start(Settings(**chosen), Logs("debug", "json", log)))
-        here = Here(thread, upstream, running, log)
-        started.append(here)
-        if ready:
-            here.wait_ready()
-        return here
+    def begin(**settings: Any) -> Here:
+        started.append(start_gateway(thread, **settings))
+        return started[-1]
 
     yield begin
     for here in started:
-        here.http.close()
-        here.channel.close()
-        if here.behaviour.hold is not None:
-            thread.call(here.behaviour.hold.set)
-        if not here.running.rest_ended.done():
-            thread.run(here.running.drain())
-        thread.run(here.upstream.stop())
+        stop_gateway(here)
+
+
+@pytest.fixture(scope="session")
+def _shared(thread: LoopThread) -> Iterator[Here]:
+    here = start_gateway(thread)
+    yield here
+    stop_gateway(here)
 
 
 @pytest.fixture
-def here(start: Callable[..., Here]) -> Here:
-    return start()
+def here(_shared: Here) -> Here:
+    """A gateway shared by tests, with default settings: its model server behaves as new, its counters are not."""
+    if _shared.behaviour.hold is not None:
+        _shared.thread.call(_shared.behaviour.hold.set)
+    _shared.upstream.behaviour = Behaviour()
+    _shared.forget_log()
+    _shared.wait_ready()
+    return _shared
 
 
 @pytest.fixture(autouse=True)

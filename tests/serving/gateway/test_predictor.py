@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_calls_that_arrive_while_one_is_under_way_go_upstream_together(start: Ca
         here.behaviour.hold = asyncio.Event()
         predictor = here.gateway.predictor
         first = predictor.submit(images[0].tobytes(), 1, far())
-        while not here.behaviour.under_way:
+        while not here.behaviour.under_way:  # noqa: ASYNC110 - the server knows no events
             await asyncio.sleep(0.001)
         others = [predictor.submit(image.tobytes(), 1, far()) for image in images[1:]]
         await asyncio.sleep(0.02)
@@ -112,7 +113,7 @@ def test_any_mix_of_call_sizes_is_answered_in_order(here: Here, counts: list[int
 
     async def calls() -> list[list[Answer]]:
         submit = here.gateway.predictor.submit
-        parts = [images[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        parts = [images[a:b] for a, b in pairwise(starts)]
         return await asyncio.gather(*(submit(part.tobytes(), len(part), far()) for part in parts))
 
     answers = [answer for one in here.thread.run(calls()) for answer in one]
@@ -120,7 +121,7 @@ def test_any_mix_of_call_sizes_is_answered_in_order(here: Here, counts: list[int
 
 
 def test_a_call_whose_deadline_has_passed_is_never_sent(start: Callable[..., Here]) -> None:
-    """Both one that comes too late and one whose time runs out in the queue are refused, and the server never sees them."""
+    """One that comes too late and one whose time runs out in the queue are refused; the server never sees them."""
     here = start(max_upstream_calls=1)
     images = random_images(3)
     images[:, 0] = [1, 2, 3]
@@ -131,7 +132,7 @@ def test_a_call_whose_deadline_has_passed_is_never_sent(start: Callable[..., Her
         with pytest.raises(UpstreamTimeout):
             submit(images[0].tobytes(), 1, time.monotonic() - 0.001)
         held = submit(images[1].tobytes(), 1, far())
-        while not here.behaviour.under_way:
+        while not here.behaviour.under_way:  # noqa: ASYNC110 - the server knows no events
             await asyncio.sleep(0.001)
         late = submit(images[2].tobytes(), 1, time.monotonic() + 0.05)
         [late_answer] = await asyncio.gather(late, return_exceptions=True)
@@ -147,7 +148,7 @@ def test_a_call_whose_deadline_has_passed_is_never_sent(start: Callable[..., Her
 
 
 def test_a_caller_that_leaves_frees_its_place(start: Callable[..., Here]) -> None:
-    """With a full queue the next call is refused; once a waiting caller has gone it is taken, and the gone one is not sent."""
+    """A full queue refuses the next call; once a waiting caller has gone it is taken, and the gone one is not sent."""
     here = start(max_upstream_calls=1, max_queue_images=2)
     images = random_images(5)
     images[:, 0] = range(5)
@@ -156,7 +157,7 @@ def test_a_caller_that_leaves_frees_its_place(start: Callable[..., Here]) -> Non
         here.behaviour.hold = asyncio.Event()
         submit = here.gateway.predictor.submit
         held = submit(images[0].tobytes(), 1, far())
-        while not here.behaviour.under_way:
+        while not here.behaviour.under_way:  # noqa: ASYNC110 - the server knows no events
             await asyncio.sleep(0.001)
         leaver = asyncio.create_task(_awaited(submit(images[1].tobytes(), 1, far())))
         stayer = submit(images[2].tobytes(), 1, far())
@@ -194,8 +195,29 @@ def test_one_impatient_caller_does_not_spoil_the_batch_it_is_in(start: Callable[
     assert here.behaviour.batches == [2]
 
 
-def test_closing_refuses_new_calls_and_answers_those_that_wait(here: Here) -> None:
+def test_one_call_that_hangs_does_not_hold_up_the_rest(start: Callable[..., Here]) -> None:
+    """A second upstream call goes beside a slow one though no full batch waits."""
+    here = start(max_upstream_calls=2)
+    images = random_images(2)
+
+    async def calls() -> None:
+        submit = here.gateway.predictor.submit
+        here.behaviour.hold = asyncio.Event()
+        held = submit(images[0].tobytes(), 1, far())
+        while not here.behaviour.under_way:  # noqa: ASYNC110 - the server knows no events
+            await asyncio.sleep(0.001)
+        release, here.behaviour.hold = here.behaviour.hold, None
+        check((await submit(images[1].tobytes(), 1, far()))[0], images[1])
+        assert not held.done()
+        release.set()
+        check((await held)[0], images[0])
+
+    here.thread.run(calls())
+
+
+def test_closing_refuses_new_calls_and_answers_those_that_wait(start: Callable[..., Here]) -> None:
     """Draining loses nothing that was accepted."""
+    here = start()
     image = random_images(1)[0]
 
     async def calls() -> list[Answer]:
@@ -218,8 +240,9 @@ def test_images_of_another_size_are_a_defect_of_the_caller(here: Here) -> None:
             here.gateway.predictor.submit(bad, 1, far())
 
 
-def test_waits_batches_and_answers_are_counted(here: Here) -> None:
+def test_waits_batches_and_answers_are_counted(start: Callable[..., Here]) -> None:
     """The metrics of the predictor hold what happened."""
+    here = start()
     images = random_images(4)
     images[:, 0] = [1, 1, 7, 9]
     images[:, 1] = 255  # confidence 1.0

@@ -265,7 +265,7 @@ def test_a_configuration_whose_model_cannot_load_says_why(manage, tmp_path):
     put(tmp_path / "a", 1)
     put(tmp_path / "b", 1, "bad")
     manager = manage(ModelConfig("a", tmp_path / "a"))
-    with pytest.raises(ServingError, match="model b has no loaded version .*the graph is damaged"):
+    with pytest.raises(ServingError, match=r"model b has no loaded version .*the graph is damaged"):
         manager.reconfigure([ModelConfig("a", tmp_path / "a"), ModelConfig("b", tmp_path / "b")])
     assert manager.acquire("a").number == 1
 

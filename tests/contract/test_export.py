@@ -1,0 +1,198 @@
+"""What is exported is what digits/contract.py says, and answers as Keras does."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from digits import contract
+from training.params import ModelParams
+from training.workspace import BadArtifact, import_tensorflow_quietly
+
+ROOT = Path(__file__).resolve().parents[2]
+IMAGES = np.random.default_rng(3).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+
+
+def make_model(**changes: Any) -> Any:
+    """An untrained network whose batch normalisation has seen data: nothing in it is 0 or 1 by chance."""
+    import_tensorflow_quietly()
+    import keras
+
+    from training.model import build_model
+
+    settings = {"hidden_widths": (32, 16), "activation": "relu", "normalisation": "batch", "dropout": 0.1, "l2": 0.0}
+    keras.utils.set_random_seed(5)
+    model = build_model(ModelParams(**{**settings, **changes}), "float32")
+    rng = np.random.default_rng(4)
+    weights = [rng.uniform(0.2, 1.2, w.shape) for w in model.get_weights()]
+    model.set_weights([w * rng.choice([-0.1, 0.1], w.shape) if w.ndim == 2 else w for w in weights])
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def exported(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from training.export import write_saved_model
+
+    folder = tmp_path_factory.mktemp("export") / "saved_model"
+    write_saved_model(folder, model, IMAGES[:10], warmup_batch_sizes=(1, 4))
+    return folder
+
+
+def ask(folder: Path, signature: str, **inputs: Any) -> dict[str, np.ndarray]:
+    import tensorflow as tf
+
+    answer = tf.saved_model.load(str(folder)).signatures[signature](**{k: tf.constant(v) for k, v in inputs.items()})
+    return {name: tensor.numpy() for name, tensor in answer.items()}
+
+
+def test_signatures_have_the_contracts_names_types_and_shapes(exported: Path) -> None:
+    import tensorflow as tf
+
+    signatures = tf.saved_model.load(str(exported)).signatures
+    assert set(signatures) == {contract.SIGNATURE, contract.ENCODED_SIGNATURE}
+    _, inputs = signatures[contract.SIGNATURE].structured_input_signature
+    assert inputs == {"images": tf.TensorSpec((None, 28, 28), tf.uint8, name="images")}
+    _, inputs = signatures[contract.ENCODED_SIGNATURE].structured_input_signature
+    assert inputs == {"image_bytes": tf.TensorSpec((None,), tf.string, name="image_bytes")}
+    for signature in signatures.values():
+        outputs = signature.structured_outputs
+        assert set(outputs) == {"probabilities", "digit"}
+        assert outputs["probabilities"].dtype == tf.float32
+        assert outputs["probabilities"].shape.as_list() == [None, 10]
+        assert outputs["digit"].dtype == tf.int64
+        assert outputs["digit"].shape.as_list() == [None]
+
+
+@pytest.mark.parametrize("normalisation", ["batch", "layer", "none"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "elu", "tanh"])
+def test_every_kind_of_network_answers_as_keras_does(tmp_path: Path, normalisation: str, activation: str) -> None:
+    """Batch norm is folded, layer norm is not; either way the probabilities are Keras's."""
+    from training.export import ServedPerceptron
+    from training.model import predict_probabilities
+
+    model = make_model(normalisation=normalisation, activation=activation)
+    expected = predict_probabilities(model, IMAGES)
+    answer = ServedPerceptron(model).classify(IMAGES)
+    assert np.abs(answer["probabilities"].numpy() - expected).max() < 1e-5
+    assert np.array_equal(answer["digit"].numpy(), expected.argmax(axis=1))
+    assert expected.std() > 0.001  # not all alike
+
+
+def test_batch_norm_is_folded_away(model: Any) -> None:
+    from training.export import fold_layers
+
+    layers = fold_layers(model)
+    assert [kernel.shape for kernel, *_ in layers] == [(784, 32), (32, 16), (16, 10)]
+    assert all(norm is None for _, _, norm, _ in layers)
+    assert all(kernel.dtype == bias.dtype == np.float32 for kernel, bias, *_ in layers)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_any_number_of_images_is_answered(exported: Path, count: int) -> None:
+    answer = ask(exported, contract.SIGNATURE, images=IMAGES[:count])
+    assert answer["probabilities"].shape == (count, 10)
+    assert answer["digit"].shape == (count,)
+
+
+def test_a_png_is_answered_as_its_pixels_are(exported: Path) -> None:
+    files = []
+    for image in IMAGES[:3]:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        files.append(buffer.getvalue())
+    encoded = ask(exported, contract.ENCODED_SIGNATURE, image_bytes=np.array(files, object))
+    plain = ask(exported, contract.SIGNATURE, images=IMAGES[:3])
+    assert np.array_equal(encoded["probabilities"], plain["probabilities"])
+
+
+def test_an_encoded_picture_of_another_size_is_refused_in_words(exported: Path) -> None:
+    import tensorflow as tf
+
+    buffer = io.BytesIO()
+    Image.new("L", (30, 28)).save(buffer, "PNG")
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"expected an image of 28 x 28 pixels, got .*\[28 30\]"):
+        ask(exported, contract.ENCODED_SIGNATURE, image_bytes=np.array([buffer.getvalue()], object))
+
+
+def test_warm_up_records_are_predict_requests_that_the_model_answers(exported: Path) -> None:
+    import tensorflow as tf
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    shapes = []
+    for record in tf.data.TFRecordDataset(str(exported / contract.WARMUP_FILE)).as_numpy_iterator():
+        request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
+        assert request.model_spec.name == contract.MODEL_NAME
+        inputs = {name: tf.make_ndarray(tensor) for name, tensor in request.inputs.items()}
+        answer = ask(exported, request.model_spec.signature_name, **inputs)
+        shapes.append((request.model_spec.signature_name, len(answer["digit"])))
+    assert shapes == [(contract.SIGNATURE, 1), (contract.SIGNATURE, 4), (contract.ENCODED_SIGNATURE, 1)]
+
+
+def run_verify(folder: Path) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from training.__main__ import app; app(['verify', sys.argv[1]], standalone_mode=False); "
+    code += "print('tensorflow' in sys.modules, 'keras' in sys.modules)"
+    return subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "DO_NOT_TRACK": "1"},
+    )  # fmt: skip
+
+
+def test_verify_accepts_the_export_in_a_fresh_process_without_keras(exported: Path) -> None:
+    done = run_verify(exported)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "answers as the trained model did" in done.stderr
+    assert done.stdout == "True False\n"
+
+
+def test_verify_refuses_altered_golden_answers(exported: Path, tmp_path: Path) -> None:
+    from training.verify import GOLDEN_FILE, NotTheSame, verify
+
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    with np.load(copy / GOLDEN_FILE) as golden:
+        images, probabilities = golden["images"], golden["probabilities"]
+    np.savez(copy / GOLDEN_FILE, images=images, probabilities=np.roll(probabilities, 1, axis=1))
+    with pytest.raises(NotTheSame, match="answers otherwise than Keras did"):
+        verify(copy)
+    np.savez(copy / GOLDEN_FILE, images=images, probabilities=np.full_like(probabilities, np.nan))
+    with pytest.raises(NotTheSame):
+        verify(copy)
+
+
+@pytest.mark.parametrize("missing", ["saved_model.pb", "variables/variables.index", "assets.extra/golden.npz"])
+def test_verify_refuses_an_incomplete_folder(exported: Path, tmp_path: Path, missing: str) -> None:
+    from training.verify import verify
+
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    (copy / missing).unlink()
+    with pytest.raises(BadArtifact, match=r"no complete version|no readable"):
+        verify(copy)
+
+
+def test_a_network_that_is_not_folded_rightly_is_not_exported(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The export compares itself with Keras before anyone may publish it."""
+    from training import export
+    from training.verify import NotTheSame
+
+    def forget_an_offset(model: Any) -> list[tuple[Any, ...]]:
+        layers = fold(model)
+        kernel, bias, *rest = layers[-1]
+        return [*layers[:-1], (kernel, bias + np.linspace(0, 5, 10, dtype=np.float32), *rest)]
+
+    fold = export.fold_layers
+    monkeypatch.setattr(export, "fold_layers", forget_an_offset)
+    with pytest.raises(NotTheSame):
+        export.write_saved_model(tmp_path / "saved_model", model, IMAGES[:10], (1,))

@@ -1,0 +1,65 @@
+"""Deformed digits stay digits, and the same seed draws the same ones."""
+
+from typing import Any
+
+import numpy as np
+
+from training.params import AugmentParams
+from training.workspace import Split
+
+OFF = {"rotation_rad": 0.0, "scale": 0.0, "shear": 0.0, "shift_px": 0.0, "elastic_px": 0.0, "elastic_sigma_px": 5.0}
+
+
+def augment(images: np.ndarray, seed: int = 1, **strengths: float) -> np.ndarray:
+    import tensorflow as tf
+
+    from training.augment import build_augment
+
+    drawn: Any = build_augment(AugmentParams(**{**OFF, **strengths}))(tf.constant(images), tf.constant([seed, 2]))
+    return drawn.numpy()
+
+
+def test_no_strength_changes_nothing(real: dict[str, Split]) -> None:
+    images = real["train"].images[:50]
+    assert np.array_equal(augment(images), images.astype(np.float32))
+    assert np.abs(augment(images, elastic_px=1e-9) - images).max() < 0.01
+
+
+def test_images_keep_their_range_and_about_their_ink(real: dict[str, Split]) -> None:
+    images = real["train"].images[:2000]
+    drawn = augment(images, rotation_rad=0.2, scale=0.12, shear=0.12, shift_px=1.5, elastic_px=0.7)
+    assert drawn.dtype == np.float32
+    assert drawn.shape == images.shape
+    assert drawn.min() >= 0.0
+    assert drawn.max() <= 255.001
+    assert abs(drawn.mean() / images.mean() - 1) < 0.05
+    assert np.abs(drawn - images).mean() > 5  # and yet they are others
+
+
+def test_the_same_seed_draws_the_same_images(real: dict[str, Split]) -> None:
+    images = real["train"].images[:20]
+    first, again, other = (augment(images, seed, rotation_rad=0.3, elastic_px=1.0) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_shift_moves_the_digit_by_at_most_that_much(real: dict[str, Split]) -> None:
+    """The centre of ink moves by up to 2 pixels along each axis, and not by more."""
+    images = real["train"].images[:500]
+    rows, columns = np.mgrid[0:28, 0:28]
+
+    def centres(pictures: np.ndarray) -> np.ndarray:
+        ink = pictures.astype(float)
+        weights = ink.sum(axis=(1, 2))
+        return np.stack([(ink * axis).sum(axis=(1, 2)) / weights for axis in (rows, columns)], axis=1)
+
+    moved = np.abs(centres(augment(images, shift_px=2.0)) - centres(images))
+    assert 1.5 < moved.max() < 2.05
+
+
+def test_the_elastic_field_is_as_strong_as_asked() -> None:
+    """A picture whose value is its row: bilinear reading shows the displacement itself."""
+    ramp = np.broadcast_to(np.arange(28, dtype=np.uint8)[:, None] * 9, (400, 28, 28))
+    moved = (augment(ramp, elastic_px=0.7) - ramp)[:, 6:22, 6:22] / 9
+    assert abs(moved.std() - 0.7) < 0.1
+    assert abs(moved.mean()) < 0.1

@@ -1,0 +1,75 @@
+"""The figures are what their definitions say, worked out by hand."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+def answers(labels: list[int], read: list[int], confidence: float = 0.91) -> tuple[np.ndarray, np.ndarray]:
+    probabilities = np.full((len(read), 10), (1 - confidence) / 9)
+    probabilities[np.arange(len(read)), read] = confidence
+    return probabilities, np.array(labels)
+
+
+def measure(labels: list[int], read: list[int], confidence: float = 0.91) -> dict[str, Any]:
+    from training.evaluate import measure
+
+    return measure(*answers(labels, read, confidence), bin_count=10)
+
+
+def test_precision_recall_and_f1_by_hand() -> None:
+    """Of three zeros two are read as 0; of one 1 none, and of the rest all are read right."""
+    labels = [0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    read = [0, 0, 1, 0, 2, 3, 4, 5, 6, 7, 8, 9]
+    metrics = measure(labels, read)
+    zero, one = metrics["classes"][:2]
+    two_thirds = pytest.approx(2 / 3)
+    assert zero == {"digit": 0, "images": 3, "precision": two_thirds, "recall": two_thirds, "f1": two_thirds}
+    assert one == {"digit": 1, "images": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    assert metrics["accuracy"] == 10 / 12
+    assert metrics["errors"] == 2
+    assert metrics["macro_recall"] == pytest.approx((2 / 3 + 0 + 8) / 10)
+    assert metrics["min_class_recall"] == 0.0
+
+
+def test_log_likelihood_brier_and_calibration_error_by_hand() -> None:
+    """Ten answers at 91 %, nine of them right: the calibration error is 1 %."""
+    labels = list(range(10))
+    metrics = measure(labels, [*labels[:9], 0])
+    wrong = 0.01
+    assert metrics["nll"] == pytest.approx(-(9 * np.log(0.91) + np.log(wrong)) / 10)
+    assert metrics["ece"] == pytest.approx(abs(0.9 - 0.91))
+    right_brier = 0.09**2 + 9 * wrong**2
+    wrong_brier = 0.91**2 + 0.99**2 + 8 * wrong**2
+    assert metrics["brier"] == pytest.approx((9 * right_brier + wrong_brier) / 10)
+
+
+def test_every_answer_falls_in_one_bin() -> None:
+    from training.evaluate import reliability_bins
+
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.full(10, 0.2), 500)
+    probabilities[0] = np.eye(10)[3]  # exactly 1
+    bins = reliability_bins(probabilities, rng.integers(0, 10, 500), 15)
+    assert sum(b["count"] for b in bins) == 500
+    for b in bins:
+        assert not b["count"] or b["low"] < b["confidence"] <= b["high"] + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [(9920, 10000, 0.99006, 0.99358), (10, 10, 0.72247, 1.0), (0, 10, 0.0, 0.27753), (0, 0, 0.0, 1.0)],
+)
+def test_the_wilson_interval_agrees_with_its_tables(right: int, count: int, low: float, high: float) -> None:
+    from training.evaluate import wilson_interval
+
+    assert wilson_interval(right, count) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_the_confusion_matrix_has_true_digits_in_rows() -> None:
+    from training.evaluate import confusion_matrix
+
+    confusion = confusion_matrix(np.array([3, 3, 8]), np.array([3, 8, 8]))
+    assert (confusion[3, 3], confusion[3, 8], confusion[8, 8]) == (1, 1, 1)
+    assert confusion.sum() == 3

@@ -1,0 +1,232 @@
+"""From raw data to an exported model in small: prepare, train, evaluate, gate, export, verify."""
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from digits import contract
+from tests.training.conftest import make_workspace
+from training.params import Params
+from training.workspace import BadArtifact, Split, Workspace, import_tensorflow_quietly, load_split, save_split
+
+QUIET = Console(file=io.StringIO())
+
+
+@dataclass
+class Run:
+    """A finished run of all stages."""
+
+    workspace: Workspace
+    params: Params
+
+    def json(self, stage: str, name: str) -> dict[str, Any]:
+        return json.loads((self.workspace.root / "artifacts" / stage / name).read_text())
+
+    @property
+    def saved_model(self) -> Path:
+        return self.workspace.root / "artifacts/export/saved_model"
+
+
+def run_stages(workspace: Workspace, params: Params, *names: str) -> None:
+    import_tensorflow_quietly()
+    from training.evaluate import evaluate
+    from training.export import export
+    from training.gate import gate
+    from training.prepare import prepare
+    from training.train import train
+
+    stages = {"prepare": prepare, "train": train, "evaluate": evaluate, "gate": gate, "export": export}
+    for name in names or stages:
+        stages[name](workspace, params, QUIET)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, real: dict[str, Split]) -> Iterator[Run]:
+    """All stages on 1,200 + 300 + 300 images: a network of 64-32, three epochs."""
+    folder = tmp_path_factory.mktemp("run")
+    workspace, params = make_workspace(folder, real)
+    (workspace.stage_dir("validate") / "report.json").write_text("{}")
+    run_stages(workspace, params)
+    return Run(workspace, params)
+
+
+def test_a_few_hundred_digits_are_learnt(done: Run) -> None:
+    """Three epochs on 1,200 images read most of the 300 test images."""
+    assert done.json("evaluate", "metrics.json")["accuracy"] > 0.75
+
+
+def test_every_output_that_dvc_expects_is_there(done: Run) -> None:
+    from ruamel.yaml import YAML
+
+    from tests.training.conftest import ROOT
+
+    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+    for name, stage in stages.items():
+        for out in [*stage["outs"], *stage.get("metrics", []), *stage.get("plots", [])]:
+            if name != "validate":
+                assert (done.workspace.root / out).exists(), out
+
+
+def test_nothing_is_left_half_written(done: Run) -> None:
+    assert not [path for path in (done.workspace.root / "artifacts").rglob("*") if ".part" in path.name]
+
+
+def test_one_identity_goes_from_training_to_export(done: Run) -> None:
+    found = {
+        done.json("train", "training.json")["model_sha256"],
+        done.json("evaluate", "metrics.json")["model_sha256"],
+        done.json("gate", "decision.json")["candidate"]["model_sha256"],
+        done.json("gate", "approval.json")["model_sha256"],
+        done.json("export", "export.json")["model_sha256"],
+    }
+    assert len(found) == 1
+    assert len(found.pop()) == 64
+
+
+def test_history_has_a_row_an_epoch(done: Run) -> None:
+    rows = (done.workspace.root / "artifacts/train/history.csv").read_text().splitlines()
+    assert rows[0] == "epoch,loss,accuracy,validation_loss,validation_accuracy,learning_rate,seconds"
+    assert [row.split(",")[0] for row in rows[1:]] == ["1", "2", "3"]
+
+
+def test_predictions_agree_with_metrics_and_confusion(done: Run) -> None:
+    folder = done.workspace.root / "artifacts/evaluate"
+    with np.load(folder / "predictions.npz") as saved:
+        predicted = saved["probabilities"].argmax(axis=1)
+        labels = saved["labels"]
+    metrics = done.json("evaluate", "metrics.json")
+    assert metrics["errors"] == (predicted != labels).sum()
+    assert metrics["test_images"] == 300
+    table = (folder / "confusion.csv").read_text().splitlines()
+    assert table[0] == "actual,predicted"
+    assert table[1] == f"{labels[0]},{predicted[0]}"
+    assert len(table) == 301
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(done: Run) -> None:
+    from training.model import model_sha256
+    from training.train import fit
+
+    learn = load_split(done.workspace.artifact("prepare", "train.npz"))
+    held_out = load_split(done.workspace.artifact("prepare", "validation.npz"))
+    again, _ = fit(learn, held_out, done.params, QUIET)
+    assert model_sha256(again) == done.json("train", "training.json")["model_sha256"]
+    other, _ = fit(learn, held_out, done.params.model_copy(update={"seed": 8}), QUIET)
+    assert model_sha256(other) != model_sha256(again)
+
+
+def test_the_same_training_data_come_out_of_prepare_again(done: Run, tmp_path: Path) -> None:
+    """So that DVC does not train anew."""
+    before = {p.name: p.read_bytes() for p in (done.workspace.root / "artifacts/prepare").iterdir()}
+    run_stages(done.workspace, done.params, "prepare")
+    after = {p.name: p.read_bytes() for p in (done.workspace.root / "artifacts/prepare").iterdir()}
+    assert before == after
+
+
+def test_a_loss_that_is_no_number_stops_with_step_and_rate(done: Run) -> None:
+    from training.train import TrainingDiverged, fit
+
+    changes = {"optimiser": "sgd", "weight_decay": 0.0, "learning_rate": 1e30, "precision": "float32"}
+    params = done.params.model_copy(
+        update={
+            "train": done.params.train.model_copy(update=changes),
+            "model": done.params.model.model_copy(update={"normalisation": "none"}),
+        }
+    )
+    learn = load_split(done.workspace.artifact("prepare", "train.npz"))
+    with pytest.raises(TrainingDiverged, match=r"at step \d+ \(learning rate .*e\+.*lower train\.learning_rate"):
+        fit(learn, learn, params, QUIET)
+
+
+def test_a_batch_larger_than_the_data_is_refused(done: Run) -> None:
+    from training.params import BadParams
+    from training.train import fit
+
+    params = done.params.model_copy(update={"train": done.params.train.model_copy(update={"batch_size": 5000})})
+    learn = load_split(done.workspace.artifact("prepare", "train.npz"))
+    with pytest.raises(BadParams, match=r"train\.batch_size is 5000; allowed: at most the 1200"):
+        fit(learn, learn, params, QUIET)
+
+
+def test_an_altered_test_split_is_not_measured_on(done: Run, tmp_path: Path) -> None:
+    shutil.copytree(done.workspace.root / "artifacts", tmp_path / "artifacts")
+    copy = Workspace(tmp_path)
+    test = load_split(copy.artifact("prepare", "test.npz"))
+    save_split(copy.artifact("prepare", "test.npz"), Split(test.images, np.roll(test.labels, 1)))
+    with pytest.raises(BadArtifact, match="sealed"):
+        run_stages(copy, done.params, "evaluate")
+
+
+def test_a_candidate_trained_on_scrambled_labels_is_rejected_and_not_exported(
+    tmp_path: Path, done: Run, real: dict[str, Split]
+) -> None:
+    from training.export import NotApproved
+
+    train = Split(real["train"].images, np.random.default_rng(0).permutation(real["train"].labels))
+    workspace, params = make_workspace(tmp_path, {**real, "train": train}, **{"train.epochs": 1})
+    (workspace.stage_dir("validate") / "report.json").write_text("{}")
+    champion = {
+        "version": 1,
+        "model_sha256": done.json("train", "training.json")["model_sha256"],
+        "test_sha256": done.json("evaluate", "metrics.json")["test_sha256"],
+        "metrics": done.json("evaluate", "metrics.json"),
+    }
+    workspace.champion_file.write_text(json.dumps(champion))
+    run_stages(workspace, params, "prepare", "train", "evaluate", "gate")
+    decision = json.loads((tmp_path / "artifacts/gate/decision.json").read_text())
+    assert decision["accepted"] is False
+    assert "of version 1" in decision["reason"]
+    with pytest.raises(NotApproved, match="rejected"):
+        run_stages(workspace, params, "export")
+    assert not (tmp_path / "artifacts/export/saved_model").exists()
+
+
+def test_an_approval_of_other_weights_exports_nothing(tmp_path: Path, done: Run) -> None:
+    from training.export import NotApproved
+
+    shutil.copytree(done.workspace.root / "artifacts", tmp_path / "artifacts")
+    (tmp_path / "artifacts/gate/approval.json").write_text(json.dumps({"approved": True, "model_sha256": "0" * 64}))
+    shutil.rmtree(tmp_path / "artifacts/export")
+    with pytest.raises(NotApproved, match="other weights"):
+        run_stages(Workspace(tmp_path), done.params, "export")
+    assert not (tmp_path / "artifacts/export/saved_model").exists()
+
+
+def test_a_champion_measured_on_other_images_is_measured_again(tmp_path: Path, done: Run) -> None:
+    """Its accuracy is taken on the candidate's test images, not from its record."""
+    from training.gate import judge
+
+    shutil.copytree(done.workspace.root / "artifacts", tmp_path / "artifacts")
+    shutil.copytree(done.saved_model, tmp_path / "models/digits/4")
+    workspace = Workspace(tmp_path)
+    workspace.champion_file.parent.mkdir(parents=True)
+    champion = {
+        "version": 4,
+        "model_sha256": "b" * 64,
+        "test_sha256": "c" * 64,
+        "path": "models/digits/4",
+        "metrics": {"accuracy": 0.123},
+    }
+    workspace.champion_file.write_text(json.dumps(champion))
+    decision = judge(workspace, done.params.gate)
+    accuracy = done.json("evaluate", "metrics.json")["accuracy"]
+    assert decision.accepted, decision.reason
+    (check,) = [c for c in decision.checks if c.name == "accuracy_against_champion"]
+    assert check.value == accuracy
+    assert check.limit == pytest.approx(accuracy - done.params.gate.max_accuracy_drop)
+    assert "measured again" in check.detail
+
+
+def test_golden_images_hold_every_digit(done: Run) -> None:
+    with np.load(done.saved_model / "assets.extra/golden.npz") as golden:
+        assert golden["images"].shape == (20, contract.IMAGE_HEIGHT, contract.IMAGE_WIDTH)
+        assert golden["images"].dtype == np.uint8
+        assert golden["probabilities"].dtype == np.float32
