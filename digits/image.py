@@ -10,6 +10,7 @@ that is 28x28 already is taken to be canonical in geometry: only its polarity is
 come through byte for byte.
 """
 
+import contextlib
 import io
 import math
 from dataclasses import dataclass
@@ -74,7 +75,12 @@ def read_digit(data: bytes, *, max_pixels: int = MAX_PIXELS) -> U8:
     grey = decode(data, max_pixels=max_pixels)
     if grey.shape == (IMAGE_HEIGHT, IMAGE_WIDTH):
         return _settle_polarity(grey)
-    return normalise(main_digit(ink_map(grey)))
+    ink = ink_map(grey)
+    sheet = _sheet_in(ink, grey)
+    if sheet is not None:
+        with contextlib.suppress(BadImage):  # nothing on it: then it was no sheet, but the digit itself
+            return normalise(main_digit(ink_map(sheet)))
+    return normalise(main_digit(ink))
 
 
 def from_raw(data: bytes) -> U8:
@@ -410,12 +416,14 @@ def _scale_ink(residual: F32) -> F32:
     top = float(residual.max())
     step = max(1, residual.size // 50_000)
     sample = residual.ravel()[::step]
-    sigma = 1.4826 * float(np.median(np.abs(sample)))
+    below = sample[sample <= 0]  # ink is above: noise alone lies here, also where ink covers most of the picture
+    sigma = 1.4826 * float(min(np.median(np.abs(sample)), np.median(-below) if below.size else 0))
     floor = max(_MIN_CONTRAST / 2, 0.15 * top, 4 * sigma)
     strong = residual[residual > floor]
     if top < max(_MIN_CONTRAST, 6 * sigma) or strong.size == 0:
         raise _blank(top)
-    level = float(np.percentile(strong, 75))
+    # The ink's own level, not that of the paler lines it may be written on.
+    level = float(np.median(strong[strong >= 0.55 * np.percentile(strong, 99.5)]))
     foot = min(max(2 * sigma, 0.08 * level), 0.4 * level)
     return np.clip((residual - foot) / (level - foot), 0, 1)
 
@@ -490,6 +498,37 @@ def _union(nodes: int, a: npt.NDArray[np.intp], b: npt.NDArray[np.intp]) -> npt.
             if (shorter == root).all():
                 break
             root = shorter
+
+
+def _sheet_in(ink: F32, grey: U8) -> U8 | None:
+    """Grey (h, w) of a sheet of paper that lies in the picture on a darker or lighter table, or None.
+
+    A sheet is a piece of "ink" that fills most of an upright rectangle of some size. What is outside it becomes paper.
+    """
+    solid = ink >= 0.45
+    if float(solid.mean()) < 0.12:
+        return None
+    pieces = find_components(solid)
+    chosen = np.arange(len(pieces.area)) == np.argmax(pieces.area)
+    mask = pieces.mask_of(chosen)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    window = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+    mask = mask[window]
+    if min(mask.shape[0] / grey.shape[0], mask.shape[1] / grey.shape[1]) < 0.3:
+        return None
+    hull = _between_ends(mask) & _between_ends(mask.T).T
+    if hull.mean() < 0.85 or mask.sum() < 0.8 * hull.sum():
+        return None
+    edge = max(2, round(0.02 * min(mask.shape)))  # the sheet's own soft edge and shadow
+    hull[:edge] = hull[-edge:] = False
+    hull[:, :edge] = hull[:, -edge:] = False
+    seen = grey[window]
+    return np.where(hull, seen, np.uint8(np.median(seen[mask])))
+
+
+def _between_ends(mask: Mask) -> Mask:
+    """In each row, everything from the first set pixel to the last."""
+    return np.logical_or.accumulate(mask, axis=1) & np.logical_or.accumulate(mask[:, ::-1], axis=1)[:, ::-1]
 
 
 def main_digit(ink: F32) -> F32:

@@ -56,7 +56,7 @@ def publish() -> None:
 
 @app.command()
 def schedule(
-    cron: Annotated[str, typer.Option(help="When, in cron's five fields. Default: at 3 every night.")] = "0 3 * * *",
+    cron: Annotated[str, typer.Option(help="When, in cron's five fields, UTC.")] = "0 3 * * *",
     name: Annotated[str, typer.Option(help="Name of the Prefect deployment.")] = "scheduled",
 ) -> None:
     """Release at set times, one at a time, until stopped. For a lasting schedule set PREFECT_API_URL to a server."""

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a folder. The first error ends it, as an ``OSError`` with its number, which shutil.copytree's has not."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            copy_tree(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
 
 
 def fsync_folder(folder: Path) -> None:

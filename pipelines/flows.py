@@ -4,7 +4,6 @@ DVC owns what depends on what: the stages and their order are read from its grap
 the flow and a bare ``dvc repro`` find each other's work done. Prefect owns retries, side effects and what people see.
 """
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -87,17 +86,19 @@ def publish(settings: Settings) -> Published:
 
 
 @flow(name="release", validate_parameters=False)
-def release(project: str | None = None) -> Any:
+def release(project: str | None = None, watched: bool = False) -> Any:
     """Data to published version, doing only what is not up to date.
 
     Args:
         project: the repository's folder; the current one when None.
+        watched: someone is looking on: show steps, the stages' output and progress bars on stderr, besides the log.
 
     Returns:
         ``Published``; or the state ``Rejected`` when the gate did not approve, in which case nothing was exported or
         published and the served version stays.
     """
     settings = Settings(project=Path(project)) if project else Settings()
+    _Watched.on = watched
     with only_one(settings.run_dir / RELEASE_LOCK, "release"):
         if record_champion(settings):  # an earlier run was cut off between its last two steps
             _say("✓ the champion's record was missing or old: completed")
@@ -114,9 +115,15 @@ def release(project: str | None = None) -> Any:
         return done
 
 
+class _Watched:
+    """Whether someone looks on, in this process."""
+
+    on = False
+
+
 def _terminal() -> TextIO | None:
-    """Where a person watches; None when a Prefect runner started this, since its log shows every line already."""
-    return None if os.environ.get("PREFECT__FLOW_RUN_ID") else sys.stderr
+    """Where a person watches; None when nobody does, since the log shows every line already."""
+    return sys.stderr if _Watched.on else None
 
 
 def _say(text: str) -> None:

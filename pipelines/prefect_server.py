@@ -79,6 +79,11 @@ def server(settings: Settings, *, with_services: bool = False) -> Iterator[None]
         stop_session(process)
 
 
+def ui_url() -> str:
+    """Where the server in use shows its UI."""
+    return os.environ["PREFECT_API_URL"].rstrip("/").removesuffix("/api")
+
+
 def _send_the_rest() -> None:
     """Send the log lines and events still queued: without their server they would hold up the exit for a minute."""
     if "prefect" not in sys.modules:

@@ -24,7 +24,15 @@ from digits.errors import DigitsError
 from pipelines import versioning
 from pipelines.candidate import Candidate, read_candidate
 from pipelines.dataset import digest_of
-from pipelines.disk import disk_errors, fsync_folder, fsync_tree, read_yaml, write_json, write_json_atomically
+from pipelines.disk import (
+    copy_tree,
+    disk_errors,
+    fsync_folder,
+    fsync_tree,
+    read_yaml,
+    write_json,
+    write_json_atomically,
+)
 from pipelines.locks import only_one
 from pipelines.processes import stream
 from pipelines.settings import Settings
@@ -145,7 +153,7 @@ def _publish_as(
     number = newest.number + 1 if newest else 1
     incoming = store / f"{_INCOMING}{number}-{os.getpid()}"
     try:
-        shutil.copytree(candidate.saved_model, incoming)
+        copy_tree(candidate.saved_model, incoming)
         _require_same_answers(settings, incoming, tell)
         lineage = _lineage(settings, candidate, incoming, number, newest)
         (incoming / contract.LINEAGE_FILE).parent.mkdir(exist_ok=True)

@@ -34,7 +34,7 @@ def release(settings: Settings) -> int:
         from pipelines import flows  # takes seconds, meanwhile the server starts
 
         prefect_server.wait_until_ready(settings)
-        state = flows.release(str(settings.project), return_state=True)
+        state = flows.release(str(settings.project), watched=True, return_state=True)
         if state.name == flows.REJECTED:
             print_verdict(read_verdict(settings))
             return EXIT_REJECTED

@@ -2,8 +2,12 @@
 
 import asyncio
 import gc
+import os
 import signal
 import sys
+
+# Pictures are small: threads of numpy's algebra would cost memory and start and bring nothing.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import uvloop
 

@@ -55,6 +55,25 @@ def framed(picture: Image.Image, inset: int = 4, width: int = 3) -> Image.Image:
     return result
 
 
+def ruled(picture: Image.Image, squares: bool, level: int = 195) -> Image.Image:
+    """The picture on ruled or squared paper, whose pale lines run through the digit."""
+    values = np.array(picture)
+    for at in range(10, max(values.shape), values.shape[0] // 12):
+        values[at : at + 2] = np.minimum(values[at : at + 2], level)
+        if squares:
+            values[:, at : at + 2] = np.minimum(values[:, at : at + 2], level)
+    return Image.fromarray(values)
+
+
+def on_a_table(picture: Image.Image, turn: float, table: int = 60) -> Image.Image:
+    """The picture as a sheet that lies, a little askew, on a dark table."""
+    sheet = Image.fromarray((np.asarray(picture) * 0.75 + 20).astype(np.uint8)).convert("LA")
+    sheet = sheet.rotate(turn, expand=True, resample=Image.Resampling.BICUBIC)
+    result = Image.new("L", (picture.width * 3 // 2, picture.height * 3 // 2), table)
+    result.paste(sheet.getchannel(0), (picture.width // 5, picture.height // 6), sheet.getchannel(1))
+    return photograph(result, gradient=0.3, noise=4, contrast=1)
+
+
 def specked(picture: Image.Image, count: int = 40) -> Image.Image:
     """The picture with dots of dirt all over it."""
     result = picture.copy()

@@ -17,11 +17,13 @@ from tests.digits.pictures import (
     drawing,
     encode,
     framed,
+    on_a_table,
     on_nothing,
     photograph,
     png_bomb,
     png_chunk,
     png_with,
+    ruled,
     specked,
 )
 from tests.stack import strokes
@@ -270,6 +272,30 @@ def test_chalk_on_a_board_is_read_as_ink_on_paper(gradient: float) -> None:
     """Light ink on a dark ground, unevenly lit."""
     seen = photograph(Image.fromarray(255 - np.asarray(drawing())), gradient=gradient, noise=5, contrast=0.7)
     assert likeness(read_digit(encode(seen)), CLEAN) > 0.95
+
+
+@pytest.mark.parametrize("squares", [False, True])
+def test_the_lines_of_ruled_and_squared_paper_are_left_out(squares: bool) -> None:
+    """They are paler than the ink, even where they cross it."""
+    picture = drawing(size=0.5, side=400, width=14)
+    assert likeness(read_digit(encode(ruled(picture, squares))), read_digit(encode(picture))) > 0.97
+
+
+@pytest.mark.parametrize("turn", [0, 3, -4])
+@pytest.mark.parametrize(("digit", "style"), [(0, "round"), (1, "bar"), (7, "plain")])
+def test_a_sheet_on_a_dark_table_is_not_taken_for_the_digit(digit: int, style: str, turn: float) -> None:
+    """What is written on the sheet is read, not the sheet."""
+    picture = drawing(digit, style, size=0.5, side=400, width=14)
+    flat = read_digit(encode(picture.rotate(turn, fillcolor=255, resample=Image.Resampling.BICUBIC)))
+    assert likeness(read_digit(encode(on_a_table(picture, turn), "JPEG")), flat) > 0.93
+
+
+@pytest.mark.parametrize(("digit", "style"), [(0, "round"), (8, "two circles"), (1, "bar"), (6, "curved")])
+def test_a_fat_digit_is_not_taken_for_a_sheet(digit: int, style: str) -> None:
+    """Its holes are not what was written."""
+    fat = read_digit(encode(drawing(digit, style, size=0.8, width=60)))
+    slim = read_digit(encode(drawing(digit, style, size=0.8, width=24)))
+    assert likeness(fat, slim) > 0.7
 
 
 def test_specks_are_left_out() -> None:

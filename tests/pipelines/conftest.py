@@ -1,0 +1,115 @@
+"""Projects to try the pipelines in: real git, real DVC; small data and stages that take no time."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipelines.settings import Settings
+from tests.conftest import ROOT, clean_environment
+
+DVC_YAML = """
+stages:
+  export:
+    cmd: python -m training export
+    deps: [artifacts/gate/approval.json, artifacts/train/training.json]
+    outs: [artifacts/export/saved_model, artifacts/export/export.json]
+  gate:
+    cmd: python -m training gate
+    deps: [artifacts/evaluate/metrics.json, models/champion]
+    outs: [artifacts/gate/decision.json, artifacts/gate/approval.json]
+  train:
+    cmd: python -m training train
+    deps: [data, weights.txt]
+    outs: [artifacts/train/training.json]
+  evaluate:
+    cmd: python -m training evaluate
+    deps: [artifacts/train/training.json, accuracy.txt]
+    outs: [artifacts/evaluate/metrics.json]
+"""
+
+
+def run(project: Path, *words: str, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m …` in a project, without a terminal."""
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=project, env=environment_for(project, **environment), text=True,
+        capture_output=True, stdin=subprocess.DEVNULL, timeout=timeout_s,
+    )  # fmt: skip
+
+
+def environment_for(project: Path, **extra: str) -> dict[str, str]:
+    """Our packages can be imported, but a project's own `training` comes first."""
+    return clean_environment(
+        PYTHONPATH=f"{project}:{ROOT}", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", **extra
+    )
+
+
+@pytest.fixture(scope="session")
+def bare_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty project under git and DVC, with our own DVC settings."""
+    project = tmp_path_factory.mktemp("bare") / "project"
+    shutil.copytree(ROOT / ".dvc", project / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
+    for name in (".dvcignore", ".gitignore", "params.yaml", "data.dvc"):
+        shutil.copy(ROOT / name, project / name)
+    (project / "models" / "champion").mkdir(parents=True)
+    shutil.copy(ROOT / "models" / "champion" / "README.md", project / "models" / "champion")
+    commit(project)
+    return project
+
+
+@pytest.fixture
+def bare(bare_template: Path, tmp_path: Path) -> Path:
+    """A fresh clone, as far as data goes: data.dvc says what is wanted, nothing of it is here."""
+    return Path(shutil.copytree(bare_template, tmp_path / "project"))
+
+
+@pytest.fixture(scope="session")
+def toy_template(bare_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with data of its own and stages that take no time."""
+    project = Path(shutil.copytree(bare_template, tmp_path_factory.mktemp("toy") / "project"))
+    (project / "data").mkdir()
+    for name in ("images", "labels"):
+        (project / "data" / name).write_text(name)
+    (project / "params.yaml").write_text("seed: 7\n")
+    (project / "dvc.yaml").write_text(DVC_YAML)
+    (project / "weights.txt").write_text("first")
+    (project / "accuracy.txt").write_text("0.99")
+    (project / "training").mkdir()
+    (project / "training" / "__init__.py").touch()
+    shutil.copy(Path(__file__).with_name("toy_stages.py"), project / "training" / "__main__.py")
+    (project / "data.dvc").unlink()
+    done = run(project, "dvc", "add", "-q", "data")
+    assert done.returncode == 0, done.stderr
+    commit(project)
+    return project
+
+
+@pytest.fixture
+def toy(toy_template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(toy_template, tmp_path / "project"))
+
+
+def commit(project: Path) -> None:
+    git = ["git", "-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+    for words in ([*git, "init", "-q", "-b", "main"], [*git, "add", "-A"], [*git, "commit", "-qm", "as it is"]):
+        subprocess.run(words, cwd=project, check=True, capture_output=True)
+
+
+@pytest.fixture
+def candidate(toy: Path) -> Callable[[str, float], Settings]:
+    """Makes a judged and exported candidate with the given weights and accuracy, by the stages themselves."""
+
+    def make(weights: str, accuracy: float = 0.99) -> Settings:
+        (toy / "weights.txt").write_text(weights)
+        (toy / "accuracy.txt").write_text(str(accuracy))
+        for stage in ("train", "evaluate", "gate", "export"):
+            done = run(toy, "training", stage)
+            if done.returncode:
+                assert stage == "export", done.stderr
+        return Settings(project=toy)
+
+    return make
