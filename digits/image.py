@@ -411,13 +411,24 @@ def _running_max(values: F32, reach: int) -> F32:
     return padded
 
 
+def _noise_below(residual: F32) -> float:
+    """Noise of the paper, from what lies below it: ink is above, even where it covers most of the picture.
+
+    The mean square without the outermost hundredth: JPEG noise is too uneven for a median, glare too strong for all.
+    """
+    below = residual[residual <= 0]
+    if below.size == 0:
+        return 0.0
+    kept = below[below >= np.percentile(below, 1)]
+    return math.sqrt(float(np.dot(kept, kept)) / kept.size)
+
+
 def _scale_ink(residual: F32) -> F32:
     """Grey levels above the paper -> ink 0 to 1: nothing at the noise floor, full at the ink's own level."""
     top = float(residual.max())
     step = max(1, residual.size // 50_000)
     sample = residual.ravel()[::step]
-    below = sample[sample <= 0]  # ink is above: noise alone lies here, also where ink covers most of the picture
-    sigma = 1.4826 * float(min(np.median(np.abs(sample)), np.median(-below) if below.size else 0))
+    sigma = _noise_below(sample)
     floor = max(_MIN_CONTRAST / 2, 0.15 * top, 4 * sigma)
     strong = residual[residual > floor]
     if top < max(_MIN_CONTRAST, 6 * sigma) or strong.size == 0:

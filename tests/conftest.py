@@ -3,12 +3,14 @@
 Tests of one file stay on one worker, and all of tests/stack on one, since they share a running stack.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from filelock import FileLock
 
@@ -64,6 +66,16 @@ def copy_checkout(target: Path) -> Path:
     cache = ROOT / ".dvc" / "cache"
     (target / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache}\n")
     return target
+
+
+def running_below(pid: int) -> list[tuple[psutil.Process, str]]:
+    """The processes that ``pid`` started, at any depth, with their command lines."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile, or a zombie
+                found.append((process, " ".join(process.cmdline())))
+    return found
 
 
 def clean_environment(**extra: str) -> dict[str, str]:

@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import yaml
 
-from tests.conftest import clean_environment, copy_checkout
+from tests.conftest import clean_environment, copy_checkout, running_below
 
 STAGES = ["validate", "prepare", "train", "evaluate", "gate", "export"]
 PNG_MAGIC = b"\x89PNG"
@@ -71,10 +70,7 @@ def kill_during(root: Path, stage: str) -> None:
     )  # fmt: skip
     try:
         while process.poll() is None:
-            commands = [
-                " ".join(p.cmdline()) for p in psutil.Process(process.pid).children(recursive=True) if p.is_running()
-            ]
-            if any(f"training {stage}" in command for command in commands):
+            if any(f"training {stage}" in command for _, command in running_below(process.pid)):
                 time.sleep(0.7)
                 return
             time.sleep(0.05)

@@ -12,18 +12,16 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, running_below
 from tests.stack.conftest import Stack, free_ports, run_environment, tail
 from tests.stack.test_bad_requests import drawn_seven, encode
 
 
 def child_running(stack: Stack, module: str) -> psutil.Process:
     """The stack's own process that runs ``module``."""
-    for process in psutil.Process(stack.process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            command = process.cmdline()
-            if module in command and Path(command[0]).name.startswith("python"):
-                return process
+    for process, command in running_below(stack.process.pid):
+        if f"-m {module}" in command and Path(command.split()[0]).name.startswith("python"):
+            return process
     pytest.fail(f"no process of the stack runs {module}:\n{tail(stack.log)}")
 
 
