@@ -414,13 +414,14 @@ def _running_max(values: F32, reach: int) -> F32:
 def _noise_below(residual: F32) -> float:
     """Noise of the paper, from what lies below it: ink is above, even where it covers most of the picture.
 
-    The mean square without the outermost hundredth: JPEG noise is too uneven for a median, glare too strong for all.
+    The larger of a median (and half a grey level, since they are whole) and of a root mean square without the outermost
+    hundredth: JPEG noise is too patchy for the one, faint noise too coarse for the other.
     """
     below = residual[residual <= 0]
     if below.size == 0:
         return 0.0
     kept = below[below >= np.percentile(below, 1)]
-    return math.sqrt(float(np.dot(kept, kept)) / kept.size)
+    return max(1.4826 * (0.5 - float(np.median(below))), math.sqrt(float(np.dot(kept, kept)) / kept.size))
 
 
 def _scale_ink(residual: F32) -> F32:
@@ -431,7 +432,7 @@ def _scale_ink(residual: F32) -> F32:
     sigma = _noise_below(sample)
     floor = max(_MIN_CONTRAST / 2, 0.15 * top, 4 * sigma)
     strong = residual[residual > floor]
-    if top < max(_MIN_CONTRAST, 6 * sigma) or strong.size == 0:
+    if top < max(_MIN_CONTRAST, 7 * sigma) or strong.size == 0:
         raise _blank(top)
     # The ink's own level, not that of the paler lines it may be written on.
     level = float(np.median(strong[strong >= 0.55 * np.percentile(strong, 99.5)]))

@@ -30,7 +30,7 @@ _ACTIVATIONS = {
 
 
 class NotApproved(DigitsError):
-    """The gate rejected the candidate, or judged another one."""
+    """The gate judged another candidate."""
 
     code = "not_approved"
 
@@ -38,14 +38,18 @@ class NotApproved(DigitsError):
 def export(workspace: Workspace, params: Params, console: Console) -> None:
     """The stage: write artifacts/export/{saved_model/, export.json} for an approved candidate.
 
+    For a rejected one ``saved_model`` holds only a note that says so: a rejection is a result, and DVC records an
+    experiment only when all its stages end well. There is nothing in it to serve, and publishing asks for the approval.
+
     Raises:
-        NotApproved: approval.json does not approve this candidate. Nothing is written.
+        NotApproved: the gate judged other weights. Nothing is written.
         NotTheSame: the export differs from Keras on the golden images.
     """
     model_file = workspace.artifact("train", "model.keras")
     approval = read_json(workspace.artifact("gate", "approval.json"))
     if approval.get("approved") is not True:
-        raise NotApproved("the gate rejected this candidate (see artifacts/gate/decision.json): nothing is exported")
+        _write_rejection(workspace.stage_dir("export"), console)
+        return
     model = load_model(model_file)
     sha256 = model_sha256(model)
     if approval.get("model_sha256") != sha256:
@@ -75,6 +79,15 @@ def export(workspace: Workspace, params: Params, console: Console) -> None:
     console.print(
         f"exported to {out / 'saved_model'}; differs from Keras by at most {difference:.1e} on {len(golden)} images"
     )
+
+
+def _write_rejection(out: Path, console: Console) -> None:
+    shutil.rmtree(out / "saved_model", ignore_errors=True)
+    (out / "saved_model").mkdir()
+    note = "the gate rejected this candidate: nothing is exported (why: artifacts/gate/decision.json)"
+    (out / "saved_model" / "REJECTED.txt").write_text(note + "\n", encoding="utf-8")
+    write_json(out / "export.json", {"schema": 1, "rejected": True})
+    console.print(note)
 
 
 def choose_golden(split: Split, count: int) -> np.ndarray:

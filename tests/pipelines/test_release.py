@@ -1,0 +1,240 @@
+"""The release flow: DVC's stages in DVC's order, one release at a time, and nothing published that was not approved."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from pipelines import prefect_server, versioning
+from pipelines.locks import only_one
+from pipelines.settings import Settings
+from tests.pipelines.conftest import environment_for, run
+
+
+@pytest.fixture(scope="module")
+def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One temporary Prefect server, as the product starts it, for the tests here."""
+    settings = Settings(project=tmp_path_factory.mktemp("prefect"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+            patch.delenv(name, raising=False)
+        prefect_server.prepare_environment(settings)
+        with prefect_server.server(settings):
+            prefect_server.wait_until_ready(settings)
+            yield os.environ["PREFECT_API_URL"]
+
+
+def release(project: Path, prefect_url: str) -> subprocess.CompletedProcess[str]:
+    return run(project, "pipelines", "release", PREFECT_API_URL=prefect_url)
+
+
+def last_run(prefect_url: str) -> dict:
+    """The newest flow run, as the server has it."""
+    body = {"sort": "EXPECTED_START_TIME_DESC", "limit": 1}
+    return httpx.post(f"{prefect_url}/flow_runs/filter", json=body).json()[0]
+
+
+def steps(done: subprocess.CompletedProcess[str]) -> list[tuple[str, str]]:
+    """The list of steps a person sees: sign and name."""
+    return re.findall(r"^([✓–✗]) (\w+)", done.stderr, flags=re.MULTILINE)
+
+
+def versions(project: Path) -> list[str]:
+    return sorted(path.name for path in (project / "models" / "digits").iterdir() if path.name.isdecimal())
+
+
+def test_stages_come_in_the_order_of_dvcs_own_graph(toy: Path) -> None:
+    """dvc.yaml lists export first; it is the last to run. The flow never states an order of its own."""
+    stages = versioning.stages_in_order(Settings(project=toy))
+    assert [stage.name for stage in stages] == ["train", "evaluate", "gate", "export"]
+    assert stages[-1].needs == ("gate", "train")
+
+
+def test_release_runs_alone_and_leaves_dvc_nothing_to_do(toy: Path) -> None:
+    """With a Prefect server of its own. Afterwards `dvc repro` finds all up to date, also the decision."""
+    done = run(toy, "pipelines", "release")
+    assert done.returncode == 0, done.stderr
+    ran = ["train", "evaluate", "gate", "export"]
+    assert steps(done) == [("✓", step) for step in ["ingest", *ran, "publish", "gate"]]
+    assert re.search(r"^version 1 published: .*/models/digits/1, 99.00% of the test images right$", done.stdout, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+    repro = run(toy, "dvc", "repro")
+    assert "Running stage" not in repro.stdout
+    assert "Data and pipelines are up to date." in repro.stdout
+    assert json.loads(run(toy, "dvc", "status", "--json").stdout) == {}
+    assert (toy / ".prefect" / "prefect.db").is_file()  # the history is kept with the project
+
+
+def test_release_finds_dvcs_work_done_and_the_other_way_round(toy: Path, prefect_url: str) -> None:
+    """What `dvc repro` has built is not built again, only published; a second release does nothing."""
+    assert run(toy, "dvc", "repro").returncode == 0
+    first = release(toy, prefect_url)
+    assert first.returncode == 0, first.stderr
+    upto = [("–", stage) for stage in ("train", "evaluate", "gate", "export")]
+    assert steps(first) == [("✓", "ingest"), *upto, ("✓", "publish"), ("✓", "gate")]
+    second = release(toy, prefect_url)
+    assert second.returncode == 0, second.stderr
+    assert steps(second) == [("✓", "ingest"), *upto, ("–", "publish")]
+    assert "version 1 already published" in second.stdout
+    assert versions(toy) == ["1"]
+
+
+def test_rejected_candidate_ends_in_a_state_of_that_name(toy: Path, prefect_url: str) -> None:
+    """Exit code 3, the gate's rows in a table, no export, no new version; the record in Prefect says Rejected."""
+    assert release(toy, prefect_url).returncode == 0
+    champion = (toy / "models" / "champion" / "champion.json").read_bytes()
+    (toy / "weights.txt").write_text("worse")
+    (toy / "accuracy.txt").write_text("0.42")
+    done = release(toy, prefect_url)
+    assert done.returncode == 3, done.stderr
+    assert steps(done)[-1] == ("✗", "rejected")
+    assert re.search(r"✗ +│ accuracy +│ 0\.4200 +│ 0\.9000 +│ the floor", done.stdout)
+    assert "accuracy is below its floor; the served version stays" in done.stdout
+    assert versions(toy) == ["1"]
+    assert (toy / "models" / "champion" / "champion.json").read_bytes() == champion
+    run_there = last_run(prefect_url)
+    assert (run_there["name"] != "", run_there["state"]["name"], run_there["state_type"]) == (
+        True,
+        "Rejected",
+        "COMPLETED",
+    )
+
+    (toy / "accuracy.txt").write_text("0.98")
+    better = release(toy, prefect_url)
+    assert better.returncode == 0, better.stderr
+    assert versions(toy) == ["1", "2"]
+
+
+def test_failing_stage_stops_the_flow_with_its_own_last_line(toy: Path, prefect_url: str) -> None:
+    """Exit code 1 and one error line that names the stage and says what it said; the run there is Failed."""
+    (toy / "weights.txt").write_text("broken")
+    done = release(toy, prefect_url)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: stage ")]
+    assert errors == ["error: stage train failed: the loss is not a number; lower the learning rate"]
+    assert "Traceback" not in done.stderr
+    assert steps(done) == [("✓", "ingest")]
+    assert last_run(prefect_url)["state_type"] == "FAILED"
+    assert "the loss is not a number" in last_run(prefect_url)["state"]["message"]
+
+
+def test_people_find_metrics_decision_and_lineage_in_prefect(toy: Path, prefect_url: str) -> None:
+    """As artifacts of the run."""
+    assert release(toy, prefect_url).returncode == 0
+    body = {"sort": "CREATED_DESC", "limit": 50}
+    artifacts = {a["key"]: a for a in reversed(httpx.post(f"{prefect_url}/artifacts/filter", json=body).json())}
+    assert {"metrics", "decision", "published", "lineage"} <= set(artifacts)
+    assert {"metric": "accuracy", "value": 0.99} in json.loads(artifacts["metrics"]["data"])
+    assert "| ✓ | accuracy | 0.99 | 0.9 | the floor |" in artifacts["decision"]["data"]
+    assert "| commit | `" in artifacts["published"]["data"]
+
+
+def test_second_release_is_refused_by_name(toy: Path) -> None:
+    """At once, before a server is started for it."""
+    with only_one(toy / "run" / "release.lock", "release"):
+        done = run(toy, "pipelines", "release")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: another release (process {os.getpid()}) is at work here")
+
+
+def test_killed_release_takes_its_stage_along_and_the_next_one_completes(toy: Path, prefect_url: str) -> None:
+    """Kill -9 of the flow while a stage works: neither DVC nor the stage goes on behind one's back."""
+    (toy / "weights.txt").write_text("slow")
+    environment = environment_for(toy, PREFECT_API_URL=prefect_url)
+    process = subprocess.Popen([sys.executable, "-m", "pipelines", "release"], cwd=toy, env=environment)
+    deadline = time.monotonic() + 90
+    while not (stage := [p for p in psutil.Process(process.pid).children(recursive=True) if working_on("train", p)]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) >= 2  # DVC, perhaps a shell, and the stage
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert alive == [], stage
+    (toy / "weights.txt").write_text("first")
+    done = release(toy, prefect_url)
+    assert done.returncode == 0, done.stderr
+    assert versions(toy) == ["1"]
+
+
+def working_on(stage: str, process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[-2:] == ["training", stage]
+    except psutil.Error:
+        return False
+
+
+def test_record_lost_between_the_last_two_steps_is_completed(toy: Path, prefect_url: str) -> None:
+    """A version without its champion's record: the next release writes it before the gate looks."""
+    assert release(toy, prefect_url).returncode == 0
+    (toy / "models" / "champion" / "champion.json").unlink()
+    done = release(toy, prefect_url)
+    assert done.returncode == 0, done.stderr
+    assert "the champion's record was missing or old: completed" in done.stderr
+    assert json.loads((toy / "models" / "champion" / "champion.json").read_text())["version"] == 1
+    assert json.loads(run(toy, "dvc", "status", "--json").stdout) == {}
+
+
+def test_data_changed_unasked_stops_before_any_stage(toy: Path, prefect_url: str) -> None:
+    """The file is named, and how to go on either way."""
+    (toy / "data" / "labels").write_text("lab3ls")
+    done = release(toy, prefect_url)
+    assert done.returncode == 1
+    assert re.search(r"^error: data/labels has MD5 .*python -m pipelines ingest.*dvc add data", done.stderr, re.MULTILINE)
+    assert steps(done) == []
+    assert not (toy / "artifacts").exists()
+
+
+def test_schedule_survives_a_stop_and_allows_one_release_at_a_time(toy: Path, prefect_url: str) -> None:
+    """Cron at the server, active also after SIGTERM; a release that comes due during another one is cancelled."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines", "schedule", "--cron", "0 3 * * *", "--name", "nightly"],
+        cwd=toy, env=environment_for(toy, PREFECT_API_URL=prefect_url), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert "releases at '0 3 * * *'" in process.stdout.readline()
+    time.sleep(1)  # it listens for SIGTERM a moment after it has said so
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    deployment = httpx.get(f"{prefect_url}/deployments/name/release/nightly").json()
+    assert deployment["paused"] is False
+    assert [(s["active"], s["schedule"]["cron"]) for s in deployment["schedules"]] == [(True, "0 3 * * *")]
+    assert deployment["global_concurrency_limit"]["limit"] == 1
+    assert deployment["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+
+
+def test_schedule_that_cron_does_not_know_is_refused(toy: Path, prefect_url: str) -> None:
+    done = run(toy, "pipelines", "schedule", "--cron", "every night", PREFECT_API_URL=prefect_url)
+    assert done.returncode == 1
+    assert done.stderr == "error: expected cron's five fields, such as '0 3 * * *'; came 'every night'\n"
+
+
+def test_prefect_server_that_is_not_there_is_named(toy: Path) -> None:
+    """With the setting to look at."""
+    done = run(
+        toy, "pipelines", "release", PREFECT_API_URL="http://127.0.0.1:9/api", DIGITS_PREFECT_START_TIMEOUT_S="1"
+    )
+    assert done.returncode == 1
+    assert "expected a Prefect server at http://127.0.0.1:9/api/health within 1 s" in done.stderr
+    assert "PREFECT_API_URL" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["ingest", "release", "publish", "schedule", "run"])
+def test_help_explains_each_command(command: str, toy: Path) -> None:
+    done = run(toy, "pipelines", command, "--help")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) > 5
+
+
+def test_wrong_usage_exits_with_2(toy: Path) -> None:
+    assert run(toy, "pipelines", "relaese").returncode == 2
