@@ -432,7 +432,7 @@ def _scale_ink(residual: F32) -> F32:
     sigma = _noise_below(sample)
     floor = max(_MIN_CONTRAST / 2, 0.15 * top, 4 * sigma)
     strong = residual[residual > floor]
-    if top < max(_MIN_CONTRAST, 7 * sigma) or strong.size == 0:
+    if top < max(_MIN_CONTRAST, 6 * sigma) or strong.size == 0:
         raise _blank(top)
     # The ink's own level, not that of the paler lines it may be written on.
     level = float(np.median(strong[strong >= 0.55 * np.percentile(strong, 99.5)]))
@@ -550,7 +550,7 @@ def main_digit(ink: F32) -> F32:
         BadImage: there is nothing as large as a digit.
     """
     pieces = find_components(ink >= 0.45)
-    keep = _belongs_to_digit(pieces)
+    keep = _belongs_to_digit(pieces) if len(pieces.area) else np.zeros(0, bool)
     if not keep.any():
         raise BadImage("a digit was expected, but the picture is blank but for specks: draw one larger")
     mask = pieces.mask_of(keep)
@@ -578,11 +578,12 @@ def _belongs_to_digit(pieces: Components) -> Mask:
     wide, high = pieces.right - pieces.left, pieces.bottom - pieces.top
     extent = np.maximum(wide, high)
     keep = extent >= max(_MIN_DIGIT, 0.02 * max(height, width))
-    if keep.sum() > 1:
-        keep &= ~_frames(pieces, wide, high)
-    if not keep.any():
-        return keep
+    frames = _frames(pieces, wide, high) if keep.sum() > 1 else np.zeros(len(extent), bool)
+    keep &= ~frames
     main = int(np.argmax(np.where(keep, pieces.area * np.sqrt(extent), 0)))
+    # Noise falls into a thousand pieces of which none is a twentieth of the whole.
+    if not keep.any() or pieces.area[main] < 0.05 * pieces.area[~frames].sum():
+        return np.zeros(len(extent), bool)
     # Parts that the pen set down apart: the bar of a five, the stem of a four. Not specks, nor what lies far off.
     gap_x = np.maximum(np.maximum(pieces.left - pieces.right[main], pieces.left[main] - pieces.right), 0)
     gap_y = np.maximum(np.maximum(pieces.top - pieces.bottom[main], pieces.top[main] - pieces.bottom), 0)

@@ -98,8 +98,11 @@ def preflight(settings: Settings) -> None:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as err:
+            otherwise = (
+                "name another with DIGITS_MODELS_DIR" if folder == settings.versions_dir else "move the repository"
+            )
             raise CannotRun(
-                f"cannot write in {folder}: {err.strerror}. Make it writable for you, or free space"
+                f"cannot write in {folder}: {err.strerror}. Make it writable for you, free space, or {otherwise}"
             ) from err
     free_mb = shutil.disk_usage(settings.project).free // 2**20
     if free_mb < settings.min_free_mb:
@@ -122,7 +125,7 @@ def why_not_up_to_date(settings: Settings) -> str | None:
         newest = newest_version(settings.versions_dir)
         if newest is None:
             return "nothing is published yet"
-        changed = set(repo.status())
+        changed = versioning.changed_stages(repo)
     try:
         verdict = read_verdict(settings)
     except CandidateError:

@@ -180,17 +180,22 @@ def stages_in_order(settings: Settings) -> list[Stage]:
         ordered = [node for node in reversed(list(topological_sort(graph))) if isinstance(node, PipelineStage)]
         return [
             Stage(
-                node.addressing,
-                tuple(sorted(need.addressing for need in graph.successors(node) if isinstance(need, PipelineStage))),
+                _address(node),
+                tuple(sorted(_address(need) for need in graph.successors(node) if isinstance(need, PipelineStage))),
             )
             for node in ordered
         ]
 
 
-def changed_stages(settings: Settings) -> set[str]:
-    """The stages (and ``data.dvc``) that ``dvc repro`` would look at again: something they use or make has changed."""
-    with open_repo(settings) as repo:
-        return set(repo.status())
+def changed_stages(repo: Any) -> set[str]:
+    """The stages (and data.dvc) that ``dvc repro`` would look at again: something they use or make has changed."""
+    # DVC names them as seen from the current folder, which need not be the project's.
+    return {name.rpartition(":")[2].rpartition("/")[2] for name in repo.status()}
+
+
+def _address(stage: Any) -> str:
+    """A stage's name as seen from the project's folder: ``train``, or ``other/dvc.yaml:train``."""
+    return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"
 
 
 def _data_out(repo: Any) -> Any:

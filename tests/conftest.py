@@ -46,7 +46,7 @@ def raw_data() -> Path:
 def copy_checkout(target: Path) -> Path:
     """A fresh checkout of the working tree as it is now, in ``target``: its own git and DVC, nothing built.
 
-    It shares the DVC cache of this checkout, so that what was built here once is taken from there.
+    All such checkouts share a DVC cache, so that what was built once is taken from there, and not the user's cache.
     """
     listing = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -63,7 +63,7 @@ def copy_checkout(target: Path) -> Path:
     git = ["git", "-c", "user.name=tests", "-c", "user.email=tests@localhost"]
     for command in ([*git, "init", "-q", "-b", "main"], [*git, "add", "-A"], [*git, "commit", "-qm", "a checkout"]):
         subprocess.run(command, cwd=target, check=True, capture_output=True)
-    cache = ROOT / ".dvc" / "cache"
+    cache = OUTPUT / "dvc-cache"
     (target / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache}\n")
     return target
 

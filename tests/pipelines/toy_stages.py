@@ -22,7 +22,8 @@ def write(stage: str, name: str, content: dict) -> None:
     (ARTIFACTS / stage / name).write_text(json.dumps(content, sort_keys=True))
 
 
-def train() -> None:
+def evaluate() -> None:
+    """Also trains."""
     weights = Path("weights.txt").read_text().strip()
     if weights == "broken":
         print("epoch 1")
@@ -30,12 +31,9 @@ def train() -> None:
     if weights == "slow":
         print("epoch 1", flush=True)
         time.sleep(600)
-    write("train", "training.json", {"model_sha256": hashlib.sha256(weights.encode()).hexdigest()})
-
-
-def evaluate() -> None:
+    sha256 = hashlib.sha256(weights.encode()).hexdigest()
     accuracy = float(Path("accuracy.txt").read_text())
-    write("evaluate", "metrics.json", {**read("train", "training.json"), "accuracy": accuracy, "test_sha256": "sealed"})
+    write("evaluate", "metrics.json", {"model_sha256": sha256, "accuracy": accuracy, "test_sha256": "sealed"})
 
 
 def gate() -> None:
@@ -59,7 +57,7 @@ def export() -> None:
     (folder / "saved_model.pb").write_text("graph")
     (folder / "variables" / "variables.data").write_text(Path("weights.txt").read_text() * 1000)
     (folder / "assets.extra" / "golden.npz").write_text("golden")
-    write("export", "export.json", read("train", "training.json"))
+    write("export", "export.json", {"model_sha256": read("gate", "approval.json")["model_sha256"]})
 
 
 def verify(folder: str) -> None:

@@ -12,12 +12,15 @@ import aiohttp
 import grpc
 import httpx
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 from digits.contract import OUTPUT_DIGIT, OUTPUT_PROBABILITIES, SIGNATURE
 from serving.protos import digits_pb2, digits_pb2_grpc
-from tests.stack.conftest import Stack
+from tests.conftest import running_below
+from tests.stack.conftest import Stack, start_run, stop_run
+from tests.stack.test_bad_requests import drawn_seven, encode
 
 CONCURRENT = 32
 FLOOR = 0.990
@@ -168,3 +171,20 @@ def test_prometheus_sees_the_requests(stack: Stack) -> None:
     text = httpx.get(stack.rest_url + "/metrics").text
     assert "digits_request_duration_seconds_bucket" in text
     assert 'model_version="1"' in text
+
+
+def test_ctrl_c_leaves_nothing_running_and_a_second_run_reuses_everything(stack: Stack) -> None:
+    """Ctrl-C ends with 0 and no process left; started again, the stack serves version 1 without running a stage."""
+    started = [process for process, _ in running_below(stack.process.pid)]
+    assert started
+    assert stop_run(stack.process) == 0
+    _, left = psutil.wait_procs(started, timeout=10)
+    assert left == []
+
+    lines_before = len(stack.log.read_text().splitlines())
+    stack.process = start_run(stack.root, stack.environment, stack.log)
+    assert stack.wait_until_ready(limit_s=120)
+    second_run = "\n".join(stack.log.read_text().splitlines()[lines_before:])
+    assert "train" not in second_run
+    answer = httpx.post(stack.rest_url + "/classify", content=encode(drawn_seven())).json()
+    assert (answer["digit"], answer["model_version"]) == (7, "1")

@@ -274,8 +274,9 @@ function showAnswer(body, elapsed, source) {
   answer.dataset.state = "read";
   answer.toggleAttribute("data-doubt", doubt);
   $("digit").textContent = digit;
-  $("words").textContent = doubt ? `Perhaps a ${digit}` : confidence < 0.95 ? `Probably a ${digit}` : `It is a ${digit}`;
-  $("sure").textContent = `${percent(confidence)} sure` + (doubt ? `; it could also be a ${second[1]} (${percent(second[0])})` : "");
+  const named = (k) => `${k === 8 ? "an" : "a"} ${k}`;
+  $("words").textContent = `${doubt ? "Perhaps" : confidence < 0.95 ? "Probably" : "It is"} ${named(digit)}`;
+  $("sure").textContent = `${percent(confidence)} sure` + (doubt ? `; it could also be ${named(second[1])} (${percent(second[0])})` : "");
   $("version").textContent = body.model_version ?? "–";
   $("latency").textContent = `${Math.round(elapsed)} ms`;
   $("source").textContent = source;
