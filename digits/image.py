@@ -430,9 +430,10 @@ def _scale_ink(residual: F32) -> F32:
     step = max(1, residual.size // 50_000)
     sample = residual.ravel()[::step]
     sigma = _noise_below(sample)
-    floor = max(_MIN_CONTRAST / 2, 0.15 * top, 4 * sigma)
+    floor = max(_MIN_CONTRAST / 2, 0.15 * top, min(4 * sigma, 0.5 * top))
     strong = residual[residual > floor]
-    if top < max(_MIN_CONTRAST, 6 * sigma) or strong.size == 0:
+    # What stands out by 40 levels is no grain, however much the remains of a shadow add to the noise.
+    if top < max(_MIN_CONTRAST, min(6 * sigma, 40)) or strong.size == 0:
         raise _blank(top)
     # The ink's own level, not that of the paler lines it may be written on.
     level = float(np.median(strong[strong >= 0.55 * np.percentile(strong, 99.5)]))

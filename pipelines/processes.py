@@ -94,13 +94,14 @@ def stream(
 
 def stop_session(process: "subprocess.Popen[bytes]", grace_s: float = _STOP_GRACE_S) -> None:
     """End a process that leads its own session, and its group: politely, then by force. Nothing if it has ended."""
-    for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s)):
-        if process.poll() is not None:
-            return
+    if process.poll() is not None:
+        return
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        # The second round is also for those of the group that outlived the first one's end of their leader.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(wait_s)
+            process.wait(grace_s)
 
 
 @contextlib.contextmanager

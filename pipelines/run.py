@@ -62,7 +62,7 @@ def run(settings: Settings, *, skip_release: bool = False) -> int:
     Raises:
         DigitsError: what is in the way. Nothing is left running.
     """
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     preflight(settings)
     with (
         only_one(settings.run_dir / "run.lock", "run"),
@@ -368,14 +368,13 @@ def _print_addresses(settings: Settings) -> None:
         "model server": f"gRPC localhost:{settings.model_server_port}, "
         f"REST http://localhost:{settings.model_server_rest_port}/v1/models/{contract.MODEL_NAME}",
     }
-    console = Console(highlight=False)
-    console.print("\n[bold green]ready[/]", soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("\n[bold green]ready[/]")
     for name, address in rows.items():
-        console.print(f"  {name:<14}{address}", soft_wrap=True)
+        console.print(f"  {name:<14}{address}")
     console.print(
         f"  {'try':<14}curl -s --data-binary @picture.png -H 'Content-Type: image/png' {rest}/classify\n"
-        f"  {'stop':<14}Ctrl-C",
-        soft_wrap=True,
+        f"  {'stop':<14}Ctrl-C"
     )
     sys.stdout.flush()
 

@@ -78,7 +78,7 @@ def test_progress_bar_lives_on_a_terminal_and_chatter_is_hidden(tmp_path: Path) 
         "sys.exit(d.tail[-1] != 'done')"
     )
     master, slave = pty.openpty()
-    subprocess.run(["stty", "cols", "133"], stdin=slave, check=True)
+    subprocess.run(["stty", "rows", "40", "cols", "133"], stdin=slave, check=True)
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment_for(ROOT, TERM="xterm"), stderr=slave, stdin=slave
     )

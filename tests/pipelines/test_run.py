@@ -33,7 +33,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/crash": os._exit(3)
         body = str(os.getpid()).encode()
-        self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)
+        self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers()
+        self.wfile.write(body)
 http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["DIGITS_REST_PORT"])), Handler).serve_forever()
 """
 MODEL_SERVER = "import sys, time; print(*sys.argv[1:], flush=True); time.sleep(600)"
@@ -44,8 +45,10 @@ def served(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with one version published and quick servers of its own."""
     for stage in ("evaluate", "gate", "export"):
         assert run(toy, "training", stage).returncode == 0
+    (toy / "serving").mkdir()
+    (toy / "serving" / "__init__.py").touch()
     for name, code in (("gateway", GATEWAY), ("model_server", MODEL_SERVER)):
-        (toy / "serving" / name).mkdir(parents=True)
+        (toy / "serving" / name).mkdir()
         (toy / "serving" / name / "__init__.py").touch()
         (toy / "serving" / name / "__main__.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", environment_for(toy)["PYTHONPATH"])
@@ -73,9 +76,15 @@ class Running:
         self.url = f"http://127.0.0.1:{ports['DIGITS_REST_PORT']}"
         self.said: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines", "run", *words], cwd=project, env=environment_for(project, **ports),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "pipelines", "run", *words],
+            cwd=project,
+            env=environment_for(project, **ports),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
