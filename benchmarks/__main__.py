@@ -9,9 +9,7 @@ BENCHMARKS = {"gateway": gateway.run}
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--seconds", type=float, default=4.0, help="load per measurement, in seconds (default 4)")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats; the median is shown (default 5)")
     arguments = parser.parse_args()

@@ -89,6 +89,21 @@ def toy(toy_template: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(toy_template, tmp_path / "project"))
 
 
+@pytest.fixture(scope="session")
+def first_release(
+    toy_template: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess]:
+    """A project after its first release, which brought its own Prefect server; and what the release said."""
+    project = Path(shutil.copytree(toy_template, tmp_path_factory.mktemp("released") / "project"))
+    return project, run(project, "pipelines", "release")
+
+
+@pytest.fixture
+def released(first_release: tuple[Path, subprocess.CompletedProcess], tmp_path: Path) -> Path:
+    """A copy of a project with version 1 published."""
+    return Path(shutil.copytree(first_release[0], tmp_path / "project"))
+
+
 def commit(project: Path) -> None:
     git = ["git", "-c", "user.name=tests", "-c", "user.email=tests@localhost"]
     for words in ([*git, "init", "-q", "-b", "main"], [*git, "add", "-A"], [*git, "commit", "-qm", "as it is"]):

@@ -68,7 +68,7 @@ def test_killed_parent_takes_its_command_and_what_that_started_along(tmp_path: P
 def test_progress_bar_lives_on_a_terminal_and_chatter_is_hidden(tmp_path: Path) -> None:
     """The command sees a terminal of the same width; its bytes pass as they come, but for the lines to hide."""
     script = r"""
-    [ -t 1 ] && [ -t 2 ] && echo "terminal of $(tput cols 2>/dev/null || stty size </dev/tty | cut -d' ' -f2)"
+    [ -t 1 ] && [ -t 2 ] && echo "terminal of $(stty size </dev/tty | cut -d' ' -f2)"
     echo "Running stage 'train':"; echo "> python -m training train"; printf '\r\033[2K 10%%'; printf '\r\033[2K 99%%\n'
     echo done
     """

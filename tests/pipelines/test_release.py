@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -51,21 +50,6 @@ def steps(done: subprocess.CompletedProcess[str]) -> list[tuple[str, str]]:
 
 def versions(project: Path) -> list[str]:
     return sorted(path.name for path in (project / "models" / "digits").iterdir() if path.name.isdecimal())
-
-
-@pytest.fixture(scope="module")
-def first_release(
-    toy_template: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess]:
-    """A project after its first release, which brought its own Prefect server; and what the release said."""
-    project = Path(shutil.copytree(toy_template, tmp_path_factory.mktemp("released") / "project"))
-    return project, run(project, "pipelines", "release")
-
-
-@pytest.fixture
-def released(first_release: tuple[Path, subprocess.CompletedProcess], tmp_path: Path) -> Path:
-    """A copy of a project with version 1 published."""
-    return Path(shutil.copytree(first_release[0], tmp_path / "project"))
 
 
 def test_stages_come_in_the_order_of_dvcs_own_graph(toy: Path) -> None:

@@ -1,7 +1,6 @@
 """`make run`: what is in the way is said in one line, servers are kept running, and nothing stays behind."""
 
 import configparser
-import json
 import os
 import re
 import shlex
@@ -21,7 +20,6 @@ import psutil
 import pytest
 
 from pipelines.dataset import DataError
-from pipelines.publish import publish
 from pipelines.run import model_server_command, supervisor_config, why_not_up_to_date
 from pipelines.settings import Settings
 from tests.pipelines.conftest import environment_for, run
@@ -41,19 +39,14 @@ MODEL_SERVER = "import sys, time; print(*sys.argv[1:], flush=True); time.sleep(6
 
 
 @pytest.fixture
-def served(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def served(released: Path) -> Path:
     """A project with one version published and quick servers of its own."""
-    for stage in ("evaluate", "gate", "export"):
-        assert run(toy, "training", stage).returncode == 0
-    (toy / "serving").mkdir()
-    (toy / "serving" / "__init__.py").touch()
-    for name, code in (("gateway", GATEWAY), ("model_server", MODEL_SERVER)):
-        (toy / "serving" / name).mkdir()
-        (toy / "serving" / name / "__init__.py").touch()
-        (toy / "serving" / name / "__main__.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", environment_for(toy)["PYTHONPATH"])
-    publish(Settings(project=toy))
-    return toy
+    for name, code in (("", ""), ("gateway", GATEWAY), ("model_server", MODEL_SERVER)):
+        package = released / "serving" / name
+        package.mkdir()
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text(code)
+    return released
 
 
 def four_ports() -> dict[str, str]:
@@ -213,31 +206,24 @@ def test_another_folder_is_no_project(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"error: expected data.dvc in {tmp_path}; it is not there.")
 
 
-def test_what_makes_a_release_due(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_makes_a_release_due(released: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data, code, parameters, a missing version or record; not a rejection that was judged already."""
-    monkeypatch.setenv("PYTHONPATH", environment_for(toy)["PYTHONPATH"])
-    monkeypatch.chdir(toy)
-    settings = Settings(project=toy)
-    assert why_not_up_to_date(settings) == "nothing is published yet"
-    assert run(toy, "dvc", "repro").returncode == 0
-    publish(settings)
-    assert why_not_up_to_date(settings) == "changed: gate"  # it has not yet judged beside the new champion
-    assert run(toy, "dvc", "repro").returncode == 0
+    settings = Settings(project=released)
     assert why_not_up_to_date(settings) is None
-
-    (toy / "accuracy.txt").write_text("0.5")
+    (released / "accuracy.txt").write_text("0.5")
     assert why_not_up_to_date(settings) == "changed: evaluate"
-    assert run(toy, "dvc", "repro").returncode != 0  # export refuses
+    assert run(released, "dvc", "repro").returncode != 0  # the export refuses
     assert why_not_up_to_date(settings) is None
 
-    record = toy / "models" / "champion" / "champion.json"
-    content = json.loads(record.read_text())
-    record.write_text(json.dumps({**content, "version": 9}))
+    record = released / "models" / "champion" / "champion.json"
+    record.unlink()
     assert why_not_up_to_date(settings) == "changed: gate"
-    (toy / "data" / "labels").write_text("damaged")
+    shutil.move(released / "models" / "digits", released / "models" / "away")
+    assert why_not_up_to_date(settings) == "nothing is published yet"
+    (released / "data" / "labels").write_text("damaged")
     with pytest.raises(DataError, match="data/labels has MD5"):
         why_not_up_to_date(settings)
-    shutil.rmtree(toy / "data")
+    shutil.rmtree(released / "data")
     assert why_not_up_to_date(settings) == "the raw data is not here yet"
 
 
