@@ -30,6 +30,10 @@ Mask = npt.NDArray[np.bool_]
 MAX_PIXELS: Final = 25_000_000
 """Width times height that is decoded at most: a phone's 24-megapixel photograph passes."""
 
+MAX_DECODED_BYTES: Final = 36_000_000
+"""Memory that a picture may unpack to: 9 million pixels in colour (a 4K screenshot passes). Ordinary JPEGs do not come
+near it, since their decoder scales them down itself."""
+
 BOX: Final = 20.0
 """Side in pixels of the square that a digit is scaled to fit."""
 
@@ -148,11 +152,26 @@ def _check_header(picture: Image.Image, max_pixels: int) -> None:
             f"a picture may have {max_pixels:,} pixels; this one has {width:,} x {height:,} = {width * height:,}: "
             "scale it down"
         )
+    unpacked_bytes = width * height * _bytes_per_pixel(picture)
+    if unpacked_bytes > MAX_DECODED_BYTES:
+        raise TooLarge(
+            f"a picture may unpack to {MAX_DECODED_BYTES / 1e6:.0f} MB; this {picture.format} of {width:,} x "
+            f"{height:,} pixels would take {unpacked_bytes / 1e6:.0f} MB: scale it down, or send a baseline JPEG"
+        )
     # A phone's JPEG may carry further pictures (MPO: depth, preview); the first is the photograph.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
         raise BadImage(
             f"one still picture was expected, but this {picture.format} has several frames: send one of them alone"
         )
+
+
+def _bytes_per_pixel(picture: Image.Image) -> int:
+    """What Pillow's decoder holds at its peak; 0 where it scales down while it decodes."""
+    if picture.format in ("JPEG", "MPO") and not picture.info.get("progressive"):
+        return 0
+    if picture.format == "WEBP":
+        return 8  # the whole picture twice
+    return {"1": 1, "L": 1, "P": 1}.get(picture.mode, 2 if picture.mode.startswith("I;16") else 4)
 
 
 def _to_grey(picture: Image.Image) -> U8:
@@ -166,12 +185,11 @@ def _to_grey(picture: Image.Image) -> U8:
         return _from_deep(picture)
     if picture.has_transparency_data:
         # Averaged with premultiplied colours: what is transparent has no say in its neighbours' colour.
-        picture = _flatten(_reduce(picture.convert("RGBA").convert("RGBa")).convert("RGBA"))
+        picture = _flatten(_reduce(picture, "RGBA", "RGBa").convert("RGBA"))
     if mode == "LAB":
         picture = picture.getchannel(0)
-    if picture.mode not in ("L", "RGB"):
-        picture = picture.convert("L" if mode == "1" else "RGB")
-    picture = _reduce(picture)
+    modes = () if picture.mode in ("L", "RGB") else ("L" if mode == "1" else "RGB",)
+    picture = _reduce(picture, *modes)
     return np.asarray(picture) if picture.mode == "L" else _grey_of_colour(np.asarray(picture))
 
 
@@ -188,14 +206,32 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
-def _reduce(picture: Image.Image) -> Image.Image:
+def _reduce(picture: Image.Image, *modes: str) -> Image.Image:
+    """Averaged down by a whole factor to the working size, converted to each of ``modes`` in turn before that.
+
+    Done in bands of rows, so that no second copy of a large picture is ever in memory.
+    """
     factor = math.ceil(max(picture.size) / _WORK_SIDE)
-    return picture.reduce(factor) if factor > 1 else picture
+    rows = picture.height if factor == 1 else factor * max(1, 256 // factor)
+    bands = []
+    for top in range(0, picture.height, rows):
+        band = picture.crop((0, top, picture.width, min(top + rows, picture.height))) if factor > 1 else picture
+        for mode in modes:
+            band = band.convert(mode)
+        bands.append(band.reduce(factor) if factor > 1 else band)
+    if len(bands) == 1:
+        return bands[0]
+    whole = Image.new(bands[0].mode, (bands[0].width, sum(band.height for band in bands)))
+    top = 0
+    for band in bands:
+        whole.paste(band, (0, top))
+        top += band.height
+    return whole
 
 
 def _from_deep(picture: Image.Image) -> U8:
     """16 and 32 bits a pixel, or floats -> uint8 (H, W): scaled by the type's range, or by what is used of it."""
-    values = np.asarray(_reduce(picture if picture.mode in ("I", "F") else picture.convert("I"))).astype(np.float64)
+    values = np.asarray(_reduce(picture) if picture.mode in ("I", "F") else _reduce(picture, "I")).astype(np.float64)
     values[~np.isfinite(values)] = 0
     low, high = float(values.min()), float(values.max())
     if low >= 0 and 64 * 257 <= high <= 65535 and high - low >= 64 * 257:

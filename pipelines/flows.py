@@ -62,7 +62,9 @@ def ingest(settings: Settings) -> Ingested:
 )
 def run_stage(settings: Settings, name: str) -> StageReport:
     """One stage of dvc.yaml, brought up to date."""
-    report = run_dvc_stage(settings, name, on_line=get_run_logger().info, terminal=_terminal())
+    report = run_dvc_stage(
+        settings, name, on_start=lambda: _say(f"▸ {name}"), on_line=get_run_logger().info, terminal=_terminal()
+    )
     _say(f"✓ {name:<11} {duration(report.duration_s)}" if report.ran else f"– {name:<11} up to date")
     _publish_artifacts(settings, name)
     return report
@@ -72,6 +74,7 @@ def run_stage(settings: Settings, name: str) -> StageReport:
 def publish(settings: Settings) -> Published:
     """The approved candidate as a served version."""
     started = time.monotonic()
+    _say("▸ publish")
     done = run_publish(settings, tell=get_run_logger().info)
     number = done.version.number
     _say(

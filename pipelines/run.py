@@ -347,11 +347,12 @@ def _require_free_ports(settings: Settings) -> None:
 
 def _by_whom(port: int) -> str:
     """The process that listens on a port, where the system lets us see it."""
-    import psutil  # type: ignore[import-untyped]  # has no types
+    import psutil
 
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            listens = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
+            if listens and connection.pid:
                 return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
     return ""
 

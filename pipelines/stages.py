@@ -57,6 +57,7 @@ def run_stage(
     settings: Settings,
     name: str,
     *,
+    on_start: Callable[[], None] = lambda: None,
     on_line: Callable[[str], None] = lambda _line: None,
     terminal: TextIO | None = None,
 ) -> StageReport:
@@ -65,6 +66,7 @@ def run_stage(
     Args:
         settings: where, and how long it may take.
         name: the stage.
+        on_start: called when it is not up to date and begins.
         on_line: called with each line the stage prints.
         terminal: where its output goes as it comes, progress bar and all.
 
@@ -72,11 +74,14 @@ def run_stage(
         StageFailed: it failed or took too long.
     """
     started = time.monotonic()
-    said: list[str] = []
+    ran = False
 
     def hear(line: str) -> None:
-        said.append(line)
-        if not is_chatter(line):
+        nonlocal ran
+        if line.startswith("Running stage '"):
+            ran = True
+            on_start()
+        elif not is_chatter(line):
             on_line(line)
 
     done = stream(
@@ -92,7 +97,7 @@ def run_stage(
         raise StageFailed(f"stage {name} was stopped: not done within {settings.stage_timeout_s:.0f} s")
     if done.returncode:
         raise _failure(name, done)
-    return StageReport(name, any(line.startswith("Running stage") for line in said), time.monotonic() - started)
+    return StageReport(name, ran, time.monotonic() - started)
 
 
 def _environment() -> dict[str, str]:

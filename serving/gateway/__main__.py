@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import sys
+import warnings
 
 # Pictures are small: threads of numpy's algebra would cost memory and start and bring nothing.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -26,6 +27,8 @@ def main() -> int:
         return 2
     logs = Logs(settings.log_level, settings.log_format)
     take_over_library_logs(logs.log)
+    # A damaged picture makes Pillow warn on stderr; whoever sent it is told in the answer.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         uvloop.run(_serve(settings, logs))
     except DigitsError as err:

@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     keep_alive_s: Positive = 75.0
     """How long an idle REST connection is kept open."""
 
-    decode_threads: Annotated[int, Field(ge=1, le=64)] = 2
+    decode_threads: Annotated[int, Field(ge=1, le=64)] = 1
     """Threads that decode large pictures. Small ones are decoded at once."""
 
     max_waiting_decodes: Annotated[int, Field(ge=1)] = 64
