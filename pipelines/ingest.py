@@ -61,7 +61,7 @@ def ingest(settings: Settings, *, repair: bool = True, tell: Callable[[str], Non
         VersioningError: no git or DVC here, or data.dvc records something else.
     """
     lock = only_one(settings.run_dir / "ingest.lock", "ingest", settings.lock_timeout_s)
-    aftermath = f"data/ is as it was; about {3 * TOTAL_BYTES // 2**20} MB are needed"
+    aftermath = f"data/ holds nothing half-written; about {3 * TOTAL_BYTES // 2**20} MB are needed"
     lock = only_one(settings.run_dir / "ingest.lock", "ingest", settings.lock_timeout_s)
     with disk_errors("the raw data", settings.project, aftermath), lock, versioning.open_repo(settings) as repo:
         for name in versioning.drop_damaged_objects(repo):

@@ -6,6 +6,7 @@ of it is on a leash (leash.py): should this process be killed with -9, nothing s
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -339,7 +340,7 @@ def _require_free_ports(settings: Settings) -> None:
         except OSError as err:
             in_use = (
                 f"is in use{_by_whom(port)}. Stop that"
-                if err.errno == 98
+                if err.errno == errno.EADDRINUSE
                 else f"on {host}: {err.strerror or err}. Mend it"
             )
             raise CannotRun(f"port {port} for {what} {in_use}, or set another one: {variable}=…") from err

@@ -1,7 +1,11 @@
 """What we ask of DVC: the raw data's cache and record, and the graph of stages. ``dvc`` is imported on first use."""
 
 import contextlib
+import errno
 import json
+import logging
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,8 +64,10 @@ def recorded_data_hash(repo: Any) -> str | None:
 def recorded_data_files(repo: Any) -> tuple[RawFile, ...] | None:
     """The files that data.dvc records, with their MD5; None when the DVC cache lacks the list of them."""
     out = _data_out(repo)
-    if out is None:
-        return None
+    return None if out is None else _listed_files(out)
+
+
+def _listed_files(out: Any) -> tuple[RawFile, ...] | None:
     try:
         entries = json.loads(Path(out.cache.oid_to_path(out.hash_info.value)).read_bytes())
         return tuple(RawFile(entry["relpath"], entry["md5"], algorithm="md5") for entry in entries)
@@ -147,10 +153,45 @@ def record_data(repo: Any, *, replace: bool) -> bool:
                 f"data/ holds other files than data.dvc records (expected {recorded}, came {found}). Remove what does "
                 "not belong there; or, if the change is meant, record it: dvc add data"
             )
-        stage.commit()
+        with _quiet_dvc():
+            stage.commit()
+        _require_cached(repo, stage.outs[0])
         if found != recorded:
             stage.dump()
     return bool(found != recorded)
+
+
+def _require_cached(repo: Any, out: Any) -> None:
+    """See that the objects are in the cache: DVC only logs it when it could not store one.
+
+    Raises:
+        OSError: the disk is full.
+        VersioningError: they are not there for another reason.
+    """
+    objects = {entry.name: Path(out.cache.oid_to_path(entry.digest)) for entry in _listed_files(out) or ()}
+    if objects and all(path.is_file() for path in objects.values()):
+        return
+    cache = Path(out.cache.path)
+    free = shutil.disk_usage(cache if cache.is_dir() else repo.root_dir).free
+    for half_written in cache.glob("*/.*.tmp"):  # DVC leaves them there for ever
+        half_written.unlink(missing_ok=True)
+    if free < out.meta.size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(cache))
+    raise VersioningError("DVC could not put data/ into its cache; to see why: dvc add data")
+
+
+@contextlib.contextmanager
+def _quiet_dvc() -> Iterator[None]:
+    """Keep DVC from logging, where we look at the outcome ourselves."""
+    loggers = [logging.getLogger(name) for name in ("dvc", "dvc_data", "dvc_objects")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def data_hash(settings: Settings) -> str:

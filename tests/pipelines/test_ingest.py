@@ -376,6 +376,28 @@ def test_no_space_left_is_said_and_nothing_stays(settings: Settings, web: Web, s
     require_untouched(settings)
 
 
+def test_disk_that_fills_up_while_the_cache_is_filled_is_no_success(
+    settings: Settings, web: Web, sdist: bytes, tmp_path: Path
+) -> None:
+    """DVC itself only logs that it could not store an object. Here it is the error; with room again it is mended."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=95m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs (root)")
+    try:
+        settings = settings.model_copy(update={"project": Path(shutil.copytree(settings.project, disk / "project"))})
+        web.put_package(sdist)
+        with pytest.raises(DiskError, match=r"no space left .*; data/ holds nothing half-written; about 157 MB"):
+            ingest(settings)
+        assert not list((settings.project / ".dvc" / "cache").rglob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=300m", str(disk)], check=True)
+        assert ingest(settings).source == "already here"
+        require_ingested(settings)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
 def test_folder_that_cannot_be_written_is_named(settings: Settings) -> None:
     """Here a file lies where a folder must be."""
     settings.run_dir.write_text("in the way")

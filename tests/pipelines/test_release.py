@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -202,6 +203,32 @@ def test_schedule_survives_a_stop_and_allows_one_release_at_a_time(toy: Path, pr
     assert [(s["active"], s["schedule"]["cron"]) for s in deployment["schedules"]] == [(True, "0 3 * * *")]
     assert deployment["global_concurrency_limit"]["limit"] == 1
     assert deployment["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+
+
+def test_schedule_alone_plans_releases_with_a_server_of_its_own(toy: Path) -> None:
+    """Without PREFECT_API_URL it brings a server that has a scheduler, which is what makes releases come due."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines", "schedule", "--cron", "0 3 * * *"],
+        cwd=toy, env=environment_for(toy, DIGITS_PREFECT_PORT=str(port)), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        assert said == f"releases at '0 3 * * *' (UTC); Prefect's UI: http://127.0.0.1:{port}; stop: Ctrl-C\n"
+        planned = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+        deadline = time.monotonic() + 60
+        while not (runs := httpx.post(f"http://127.0.0.1:{port}/api/flow_runs/filter", json=planned).json()):
+            assert time.monotonic() < deadline, "the scheduler planned no release"
+            time.sleep(0.5)
+        assert all("T03:00:00" in run["expected_start_time"] for run in runs)
+        assert "<title>Prefect" in httpx.get(f"http://127.0.0.1:{port}/", follow_redirects=True).text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
 
 
 def test_schedule_that_cron_does_not_know_is_refused(toy: Path, prefect_url: str) -> None:
