@@ -2,10 +2,12 @@
 
 import asyncio
 import math
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
 
+import grpc
 import orjson
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -25,10 +27,13 @@ from digits.errors import (
     UnsupportedMediaType,
     UpstreamTimeout,
 )
+from serving.gateway import tensorflow_api
 from serving.gateway.app import Gateway, request_id_from
 from serving.gateway.docs import CSS, render_docs
 from serving.gateway.page_files import PageFile, read_page
+from serving.gateway.predictor import Answer
 from serving.gateway.schema import ROUTES, PassedThroughError, Route, openapi_document
+from serving.gateway.upstream import GET_MODEL_METADATA, GET_MODEL_STATUS, LATEST, PassedOn, Version
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -76,6 +81,16 @@ STATUS: Final[dict[type[DigitsError], int]] = {
 }
 """The error table of HTTP. Anything else is a defect: 500."""
 
+_PASSED_ON: Final = {
+    grpc.StatusCode.INVALID_ARGUMENT: BadRequest,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.DEADLINE_EXCEEDED: UpstreamTimeout,
+    grpc.StatusCode.UNAVAILABLE: ModelUnavailable,
+    grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
+}
+"""What a code that the model server gave to a request passed on to it is here."""
+
 JSON: Final = (b"content-type", b"application/json")
 NO_SNIFF: Final = (b"x-content-type-options", b"nosniff")
 
@@ -118,6 +133,7 @@ class Request:
         "id",
         "method",
         "path",
+        "path_fields",
         "receive",
         "route",
         "scope",
@@ -131,6 +147,7 @@ class Request:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.route: Route | None = None
+        self.path_fields: dict[str, str] = {}
         self.fields: dict[str, object] = {}
         self.content_type = b""
         self.content_length: bytes | None = None
@@ -160,12 +177,12 @@ class RestApp:
         self._gateway = gateway
         self._settings = gateway.settings
         self._exact: dict[str, dict[str, Route]] = {}
-        self._below: dict[str, dict[str, Route]] = {}
+        self._patterns: dict[re.Pattern[str], dict[str, Route]] = {}
         for route in ROUTES:
-            table, path = self._exact, route.path
-            if path.endswith("{rest}"):
-                table, path = self._below, path.removesuffix("{rest}")
-            table.setdefault(path, {})[route.method] = route
+            if "{" in route.path:
+                self._patterns.setdefault(_pattern(route.path), {})[route.method] = route
+            else:
+                self._exact.setdefault(route.path, {})[route.method] = route
         self._page: dict[str, PageFile] = read_page()
         self._reading: dict[asyncio.Task[Any], float] = {}
         self._sweeping = False
@@ -223,7 +240,7 @@ class RestApp:
     # --- routing ---
 
     async def _respond(self, request: Request) -> Response:
-        by_method = self._exact.get(request.path) or self._find_below(request.path)
+        by_method = self._exact.get(request.path) or self._find_pattern(request)
         if by_method is None:
             raise NotFound("there is no such route; see /docs")
         method = "GET" if request.method == "HEAD" else request.method
@@ -235,11 +252,16 @@ class RestApp:
         request.route = route
         if route.handler == "classify":
             return await self.classify(request)
-        handler: Callable[[Request], Response] = getattr(self, route.handler)
-        return handler(request)
+        handler: Callable[[Request], Response | Awaitable[Response]] = getattr(self, route.handler)
+        response = handler(request)
+        return response if isinstance(response, Response) else await response
 
-    def _find_below(self, path: str) -> dict[str, Route] | None:
-        return next((routes for prefix, routes in self._below.items() if path.startswith(prefix)), None)
+    def _find_pattern(self, request: Request) -> dict[str, Route] | None:
+        for pattern, routes in self._patterns.items():
+            if found := pattern.fullmatch(request.path):
+                request.path_fields = found.groupdict()
+                return routes
+        return None
 
     # --- handlers ---
 
@@ -267,6 +289,40 @@ class RestApp:
             }
         )
         return Response(200, [JSON], body, answer.model_version)
+
+    # TensorFlow Serving's API
+
+    async def tensorflow_predict(self, request: Request) -> Response:
+        """POST /v1/models/digits[/versions/N|/labels/L]:predict."""
+        version = tensorflow_api.version_in(request.path_fields)
+        body = await self._json_body(request)
+        asked = tensorflow_api.read_predict(body, self._settings.max_request_images)
+        answers = await self._predict(request, asked.images_u8, asked.images, version)
+        return Response(200, [JSON], tensorflow_api.dump_predict(answers, asked.by_row), answers[0].model_version)
+
+    async def tensorflow_status(self, request: Request) -> Response:
+        """GET /v1/models/digits[/versions/N|/labels/L]."""
+        version = tensorflow_api.version_in(request.path_fields)
+        answer = await self._pass_on(request, GET_MODEL_STATUS, tensorflow_api.status_request(version), version)
+        return Response(200, [JSON, _NO_STORE], tensorflow_api.dump_status(answer))
+
+    async def tensorflow_metadata(self, request: Request) -> Response:
+        """GET /v1/models/digits[/versions/N|/labels/L]/metadata."""
+        version = tensorflow_api.version_in(request.path_fields)
+        answer = await self._pass_on(request, GET_MODEL_METADATA, tensorflow_api.metadata_request(version), version)
+        return Response(200, [JSON, _NO_STORE], tensorflow_api.dump_metadata(answer))
+
+    def tensorflow_unknown(self, request: Request) -> Response:
+        """What else is below /v1/models/: another model, a method that is not offered, or no path of the API."""
+        found = _TENSORFLOW_PATH.fullmatch(request.path)
+        if found is None or (request.method == "POST") != (found["call"] not in (None, "/metadata")):
+            raise BadRequest(f"Malformed request: {request.method[:16]} {request.path[:128]}")
+        fields = {name: found[name] for name in ("version", "label") if found[name] is not None}
+        if found["model"] != contract.MODEL_NAME:
+            raise tensorflow_api.unknown_model(found["model"], fields, status=found["call"] is None)
+        raise Unimplemented("only :predict is offered; send the tensors of a Predict signature")
+
+    # health and documents
 
     def healthz(self, _: Request) -> Response:
         """GET /healthz."""
@@ -324,7 +380,30 @@ class RestApp:
             return Response(304, headers, b"")
         return Response(200, [(b"content-type", file.content_type), *headers], file.body)
 
+    # --- what handlers share ---
+
+    async def _predict(self, request: Request, images_u8: bytes, count: int, version: Version = LATEST) -> list[Answer]:
+        """Answers for ``count`` images; a client that hangs up leaves its place."""
+        deadline = request.started + self._settings.timeout_s
+        waiting = self._gateway.predictor.submit(images_u8, count, deadline, version)
+        request.scope[ON_DISCONNECT] = waiting.cancel
+        return await waiting
+
+    async def _pass_on(self, request: Request, path: str, message: bytes, version: Version) -> bytes:
+        deadline = request.started + self._settings.timeout_s
+        try:
+            return await self._gateway.upstream.pass_on(path, message, version, deadline)
+        except PassedOn as err:
+            kind = _PASSED_ON.get(err.status)
+            raise (kind(str(err)) if kind else err) from err
+
     # --- the body ---
+
+    async def _json_body(self, request: Request) -> bytes:
+        """The body of a protocol whose clients do not all declare JSON. Compressed ones are not read."""
+        if request.header(b"content-encoding").lower() not in ("", "identity"):
+            raise UnsupportedMediaType("expected a body without Content-Encoding: send it uncompressed")
+        return await self._body(request)
 
     async def _body(self, request: Request) -> bytes:
         limit = self._settings.max_body_bytes
@@ -400,8 +479,21 @@ class RestApp:
 
 _NO_STORE: Final = (b"cache-control", b"no-store")
 _HTML: Final = (b"content-type", b"text/html; charset=utf-8")
+_TENSORFLOW_PATH: Final = re.compile(
+    r"/v1/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[^/:]+)|/labels/(?P<label>[^/:]+))?"
+    r"(?P<call>/metadata|:predict|:classify|:regress)?"
+)
 _UNDECLARED: Final = frozenset({b"", b"application/octet-stream", b"application/x-www-form-urlencoded"})
 """The bytes decide. The last is what curl declares when it is told nothing."""
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    """``/a/{name}:b`` → a pattern whose names stand for one part of a path, ``{rest}`` for all that is left."""
+    parts = re.split(r"\{(\w+)\}", path)
+    for at, part in enumerate(parts):
+        kind = ".*" if part == "rest" else "[^/:]+"
+        parts[at] = f"(?P<{part}>{kind})" if at % 2 else re.escape(part)
+    return re.compile("".join(parts), re.DOTALL)
 
 
 async def _long_body(message: dict[str, Any], receive: Receive, limit: int) -> bytes:

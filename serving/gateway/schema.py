@@ -1,6 +1,7 @@
 """The REST API described: what each route takes and answers, and the OpenAPI document made from that."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -68,6 +69,65 @@ class Readiness(_Model):
     """Why not, when not ready."""
 
 
+class VersionState(_Model):
+    """The last thing that went wrong with a version."""
+
+    error_code: str
+    error_message: str
+
+
+class VersionStatus(_Model):
+    """One version of the model."""
+
+    version: str
+    state: str
+    """START, LOADING, AVAILABLE, UNLOADING or END."""
+    status: VersionState
+
+
+class StatusAnswer(_Model):
+    """TensorFlow Serving's model status."""
+
+    model_version_status: list[VersionStatus]
+
+
+class ModelSpec(_Model):
+    """What was described."""
+
+    name: str
+    signature_name: str
+    version: str
+
+
+class MetadataAnswer(_Model):
+    """TensorFlow Serving's model metadata."""
+
+    model_spec: ModelSpec
+    metadata: dict[str, Any]
+    """``signature_def``: the signatures with their inputs and outputs."""
+
+
+class Prediction(_Model):
+    """One image's answer."""
+
+    probabilities: Annotated[list[float], Field(min_length=10, max_length=10)]
+    digit: Annotated[int, Field(ge=0, le=9)]
+
+
+class Columns(_Model):
+    """All images' answers, a list a tensor."""
+
+    probabilities: list[Annotated[list[float], Field(min_length=10, max_length=10)]]
+    digit: list[Annotated[int, Field(ge=0, le=9)]]
+
+
+class PredictAnswer(_Model):
+    """TensorFlow Serving's answer: ``predictions`` to ``instances``, ``outputs`` to ``inputs``."""
+
+    predictions: list[Prediction] | None = None
+    outputs: Columns | None = None
+
+
 PICTURE_TYPES: Final = ("image/png", "image/jpeg", "image/gif", "image/bmp", "image/webp", "image/tiff")
 
 _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
@@ -88,6 +148,56 @@ CLASSIFY_BODY: Final[dict[str, Any]] = {
                 "properties": {"image": {"type": "string", "format": "binary"}},
             }
         },
+    },
+}
+
+_ROW: Final = {
+    "type": "array",
+    "minItems": 28,
+    "maxItems": 28,
+    "items": {"type": "integer", "minimum": 0, "maximum": 255},
+}
+_IMAGE: Final = {"type": "array", "minItems": 28, "maxItems": 28, "items": _ROW}
+_NAMED_IMAGE: Final = {"type": "object", "required": ["images"], "properties": {"images": _IMAGE}}
+_IMAGES: Final = {"type": "array", "minItems": 1, "items": _IMAGE}
+_SIGNATURE_NAME: Final = {"type": "string", "enum": ["", "serving_default"]}
+
+PREDICT_BODY: Final[dict[str, Any]] = {
+    "required": True,
+    "description": (
+        "Canonical images: 28 rows of 28 whole numbers, ink 255 on paper 0. As `instances`, one element an image, bare "
+        'or as `{"images": …}`; or as `inputs`, all in one list, bare or as `{"images": …}`.'
+    ),
+    "content": {
+        "application/json": {
+            "schema": {
+                "oneOf": [
+                    {
+                        "type": "object",
+                        "required": ["instances"],
+                        "properties": {
+                            "signature_name": _SIGNATURE_NAME,
+                            "instances": {
+                                "oneOf": [_IMAGES, {"type": "array", "minItems": 1, "items": _NAMED_IMAGE}],
+                            },
+                        },
+                    },
+                    {
+                        "type": "object",
+                        "required": ["inputs"],
+                        "properties": {
+                            "signature_name": _SIGNATURE_NAME,
+                            "inputs": {
+                                "oneOf": [
+                                    _IMAGES,
+                                    {"type": "object", "required": ["images"], "properties": {"images": _IMAGES}},
+                                ]
+                            },
+                        },
+                    },
+                ]
+            }
+        }
     },
 }
 
@@ -145,6 +255,51 @@ class Route:
         self.listed = listed
 
 
+def _tensorflow_routes() -> Iterator[Route]:
+    model = "/v1/models/digits"
+    for version in ("", "/versions/{version}", "/labels/{label}"):
+        of = f" of {version.strip('/').replace('/', ' ').replace('s ', ' ')}" if version else ""
+        yield Route(
+            "POST",
+            f"{model}{version}:predict",
+            "tensorflow_predict",
+            f"TensorFlow Serving: read images{of}",
+            PredictAnswer,
+            errors=(400, 404, 408, 413, 415, 429, 503, 504),
+            body=PREDICT_BODY,
+            error_model=PassedThroughError,
+        )
+        yield Route(
+            "GET",
+            f"{model}{version}",
+            "tensorflow_status",
+            f"TensorFlow Serving: state{of}",
+            StatusAnswer,
+            errors=(400, 404, 429, 503, 504),
+            error_model=PassedThroughError,
+        )
+        yield Route(
+            "GET",
+            f"{model}{version}/metadata",
+            "tensorflow_metadata",
+            f"TensorFlow Serving: signatures{of}",
+            MetadataAnswer,
+            errors=(400, 404, 429, 503, 504),
+            error_model=PassedThroughError,
+        )
+    for method in ("GET", "POST"):
+        yield Route(
+            method,
+            "/v1/{rest}",
+            "tensorflow_unknown",
+            "",
+            "application/json",
+            errors=(400, 404, 501),
+            listed=False,
+            error_model=PassedThroughError,
+        )
+
+
 ROUTES: Final = (
     Route(
         "POST", "/classify", "classify", "Read one digit", ClassifyAnswer,
@@ -160,16 +315,7 @@ ROUTES: Final = (
     Route("GET", "/", "page", "The drawing page", "text/html", errors=(404,)),
     Route("GET", "/static/{rest}", "static", "What the drawing page is made of", "application/octet-stream",
           errors=(404,), listed=False),
-    Route("GET", "/v1/models/digits", "unimplemented", "TensorFlow Serving's API (not offered yet)",
-          PassedThroughError, errors=(501,), error_model=PassedThroughError),
-    Route("GET", "/v1/models/{rest}", "unimplemented", "", "application/json", errors=(501,),
-          error_model=PassedThroughError, listed=False),
-    Route("POST", "/v1/models/{rest}", "unimplemented", "", "application/json", errors=(501,),
-          error_model=PassedThroughError, listed=False),
-    Route("GET", "/v2/{rest}", "unimplemented", "", "application/json", errors=(501,),
-          error_model=PassedThroughError, listed=False),
-    Route("POST", "/v2/{rest}", "unimplemented", "", "application/json", errors=(501,),
-          error_model=PassedThroughError, listed=False),
+    *_tensorflow_routes(),
 )  # fmt: skip
 
 
@@ -212,12 +358,16 @@ def _operation(route: Route) -> dict[str, Any]:
             headers["retry-after"] = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
         responses[str(status)] = {"description": ERROR_TEXTS[status], "content": _content(model), "headers": headers}
     operation: dict[str, Any] = {
-        "operationId": f"{route.method.lower()}{route.path.replace('/', '_').rstrip('_')}",
+        "operationId": route.method.lower() + re.sub(r"\W+", "_", route.path).rstrip("_"),
         "summary": route.summary,
         "responses": responses,
     }
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", route.path)
+    ]
     if route.method == "POST":
-        operation["parameters"] = [
+        parameters.append(
             {
                 "name": "x-request-id",
                 "in": "header",
@@ -225,7 +375,9 @@ def _operation(route: Route) -> dict[str, Any]:
                 "description": "Used as the request's id if it is sane, else replaced.",
                 "schema": {"type": "string", "maxLength": 128},
             }
-        ]
+        )
+    if parameters:
+        operation["parameters"] = parameters
     if route.body:
         operation["requestBody"] = route.body
     return operation
