@@ -27,7 +27,7 @@ from digits.errors import (
     UnsupportedMediaType,
     UpstreamTimeout,
 )
-from serving.gateway import tensorflow_api
+from serving.gateway import open_inference, tensorflow_api
 from serving.gateway.app import Gateway, request_id_from
 from serving.gateway.docs import CSS, render_docs
 from serving.gateway.page_files import PageFile, read_page
@@ -321,6 +321,61 @@ class RestApp:
         if found["model"] != contract.MODEL_NAME:
             raise tensorflow_api.unknown_model(found["model"], fields, status=found["call"] is None)
         raise Unimplemented("only :predict is offered; send the tensors of a Predict signature")
+
+    # The open inference protocol
+
+    def inference_server(self, _: Request) -> Response:
+        """GET /v2."""
+        return Response(200, [JSON], orjson.dumps(open_inference.server_metadata()))
+
+    def inference_live(self, _: Request) -> Response:
+        """GET /v2/health/live."""
+        return Response(200, [JSON, _NO_STORE], b'{"live":true}')
+
+    def inference_ready(self, _: Request) -> Response:
+        """GET /v2/health/ready."""
+        ready = not self._gateway.why_not_ready()
+        return Response(200 if ready else 503, [JSON, _NO_STORE], orjson.dumps({"ready": ready}))
+
+    def inference_model(self, request: Request) -> Response:
+        """GET /v2/models/digits[/versions/N]."""
+        available = self._gateway.upstream.availability.versions
+        versions = open_inference.available(self._inference_version(request), available)
+        return Response(200, [JSON, _NO_STORE], orjson.dumps(open_inference.model_metadata(versions)))
+
+    def inference_model_ready(self, request: Request) -> Response:
+        """GET /v2/models/digits[/versions/N]/ready."""
+        version = self._inference_version(request)
+        versions = self._gateway.upstream.availability.versions
+        ready = not self._gateway.why_not_ready() and open_inference.is_ready(version, versions)
+        body = orjson.dumps({"name": contract.MODEL_NAME, "ready": ready})
+        return Response(200 if ready else 503, [JSON, _NO_STORE], body)
+
+    async def inference_infer(self, request: Request) -> Response:
+        """POST /v2/models/digits[/versions/N]/infer."""
+        version = self._inference_version(request)
+        body = await self._json_body(request)
+        json_size = request.header(b"inference-header-content-length")
+        asked = open_inference.read_body(body, json_size, self._settings.max_request_images)
+        answers = await self._predict(request, asked.images_u8, asked.images, version)
+        answer, json_bytes = open_inference.dump_body(asked, answers)
+        if json_bytes is None:
+            return Response(200, [JSON], answer, answers[0].model_version)
+        headers = [
+            (b"content-type", b"application/octet-stream"),
+            (b"inference-header-content-length", b"%d" % json_bytes),
+        ]
+        return Response(200, headers, answer, answers[0].model_version)
+
+    def inference_unknown(self, request: Request) -> Response:
+        """What else is below /v2: another model, or no path of the protocol."""
+        parts = request.path.split("/")
+        if len(parts) > 3 and parts[2] == "models":
+            open_inference.version_in(parts[3], "")
+        raise NotFound(f"the open inference protocol has no {request.method[:16]} {request.path[:128]} here")
+
+    def _inference_version(self, request: Request) -> Version:
+        return open_inference.version_in(contract.MODEL_NAME, request.path_fields.get("version", ""))
 
     # health and documents
 

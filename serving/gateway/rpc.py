@@ -25,16 +25,18 @@ from digits.errors import (
     UnsupportedMediaType,
     UpstreamTimeout,
 )
-from serving.gateway import tensorflow_api
+from serving.gateway import open_inference, tensorflow_api
 from serving.gateway.app import Gateway, request_id_from
 from serving.gateway.predictor import Answer
 from serving.gateway.upstream import GET_MODEL_METADATA, GET_MODEL_STATUS, PREDICT, Availability, PassedOn, Version
 from serving.protos import digits_pb2 as pb
+from serving.protos import open_inference_pb2
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Digits"].full_name
 PREDICTION_SERVICE: Final = "tensorflow.serving.PredictionService"
 MODEL_SERVICE: Final = "tensorflow.serving.ModelService"
-HEALTH_NAMES: Final = ("", SERVICE, PREDICTION_SERVICE, MODEL_SERVICE)
+INFERENCE_SERVICE: Final = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+HEALTH_NAMES: Final = ("", SERVICE, PREDICTION_SERVICE, MODEL_SERVICE, INFERENCE_SERVICE)
 """What grpc.health.v1 answers for; the empty name is the server as a whole."""
 
 CODES: Final[dict[type[DigitsError], grpc.StatusCode]] = {
@@ -234,6 +236,52 @@ class TensorFlowService:
             self._calls -= 1
 
 
+class InferenceService:
+    """``inference.GRPCInferenceService``: the open inference protocol. Bytes → bytes and the version that answered."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._max_images = gateway.settings.max_request_images
+
+    async def server_live(self, message: bytes, _: float, __: str) -> tuple[bytes, str]:
+        """ServerLive."""
+        open_inference.parse(open_inference_pb2.ServerLiveRequest, message)
+        return open_inference_pb2.ServerLiveResponse(live=True).SerializeToString(), ""
+
+    async def server_ready(self, message: bytes, _: float, __: str) -> tuple[bytes, str]:
+        """ServerReady."""
+        open_inference.parse(open_inference_pb2.ServerReadyRequest, message)
+        ready = not self._gateway.why_not_ready()
+        return open_inference_pb2.ServerReadyResponse(ready=ready).SerializeToString(), ""
+
+    async def model_ready(self, message: bytes, _: float, __: str) -> tuple[bytes, str]:
+        """ModelReady."""
+        asked = open_inference.parse(open_inference_pb2.ModelReadyRequest, message)
+        version = open_inference.version_in(asked.name, asked.version)
+        versions = self._gateway.upstream.availability.versions
+        ready = not self._gateway.why_not_ready() and open_inference.is_ready(version, versions)
+        return open_inference_pb2.ModelReadyResponse(ready=ready).SerializeToString(), ""
+
+    async def server_metadata(self, message: bytes, _: float, __: str) -> tuple[bytes, str]:
+        """ServerMetadata."""
+        open_inference.parse(open_inference_pb2.ServerMetadataRequest, message)
+        answer = open_inference_pb2.ServerMetadataResponse(**open_inference.server_metadata())
+        return answer.SerializeToString(), ""
+
+    async def model_metadata(self, message: bytes, _: float, __: str) -> tuple[bytes, str]:
+        """ModelMetadata."""
+        asked = open_inference.parse(open_inference_pb2.ModelMetadataRequest, message)
+        version = open_inference.version_in(asked.name, asked.version)
+        versions = open_inference.available(version, self._gateway.upstream.availability.versions)
+        return open_inference.model_metadata_message(versions), ""
+
+    async def model_infer(self, message: bytes, deadline: float, _: str) -> tuple[bytes, str]:
+        """ModelInfer."""
+        asked, version = open_inference.read_message(message, self._max_images)
+        answers = await self._gateway.predictor.submit(asked.images_u8, asked.images, deadline, version)
+        return open_inference.dump_message(asked, answers), answers[0].model_version
+
+
 class RpcServer:
     """The gRPC port: Digits, health that follows readiness, reflection.
 
@@ -258,6 +306,7 @@ class RpcServer:
         calls = Calls(gateway)
         service = DigitsService(calls)
         tensorflow = TensorFlowService(gateway)
+        inference = InferenceService(gateway)
         handlers = {
             SERVICE: {
                 "Classify": calls.unary("Classify", service.classify),
@@ -267,6 +316,14 @@ class RpcServer:
                 "Predict": calls.unary("Predict", tensorflow.predict),
                 "GetModelMetadata": calls.unary("GetModelMetadata", tensorflow.get_model_metadata),
             },
+            INFERENCE_SERVICE: {
+                "ServerLive": calls.unary("ServerLive", inference.server_live),
+                "ServerReady": calls.unary("ServerReady", inference.server_ready),
+                "ModelReady": calls.unary("ModelReady", inference.model_ready),
+                "ServerMetadata": calls.unary("ServerMetadata", inference.server_metadata),
+                "ModelMetadata": calls.unary("ModelMetadata", inference.model_metadata),
+                "ModelInfer": calls.unary("ModelInfer", inference.model_infer),
+            },
             MODEL_SERVICE: {"GetModelStatus": calls.unary("GetModelStatus", tensorflow.get_model_status)},
         }
         self._server.add_generic_rpc_handlers(
@@ -274,7 +331,9 @@ class RpcServer:
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection(
+            (SERVICE, INFERENCE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
         self.port: int = self._server.add_insecure_port(address)
         self._changes: set[asyncio.Task[None]] = set()
 

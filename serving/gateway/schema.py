@@ -128,6 +128,72 @@ class PredictAnswer(_Model):
     outputs: Columns | None = None
 
 
+class ServerMetadata(_Model):
+    """The open inference protocol's server metadata."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class Live(_Model):
+    """The process answers."""
+
+    live: bool
+
+
+class Ready(_Model):
+    """Whether inference requests can be answered now."""
+
+    ready: bool
+
+
+class ModelReady(_Model):
+    """Whether the model (and version) can answer now."""
+
+    name: str
+    ready: bool
+
+
+class TensorMetadata(_Model):
+    """A tensor: its shape has -1 for a size that varies."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(_Model):
+    """The open inference protocol's model metadata."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class OutputTensor(_Model):
+    """One output: ``probabilities`` FP32 [N, 10] or ``digit`` INT64 [N]."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: list[float] | list[int] | None = None
+    """Row by row. Absent when the values follow the JSON as bytes."""
+    parameters: dict[str, Any] | None = None
+
+
+class InferAnswer(_Model):
+    """The open inference protocol's answer."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    """As it was sent."""
+    outputs: list[OutputTensor]
+
+
 PICTURE_TYPES: Final = ("image/png", "image/jpeg", "image/gif", "image/bmp", "image/webp", "image/tiff")
 
 _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
@@ -198,6 +264,57 @@ PREDICT_BODY: Final[dict[str, Any]] = {
                 ]
             }
         }
+    },
+}
+
+_PARAMETERS: Final = {"type": "object"}
+_INFER_REQUEST: Final[dict[str, Any]] = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {
+        "id": {"type": "string"},
+        "parameters": _PARAMETERS,
+        "inputs": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["name", "datatype", "shape"],
+                "properties": {
+                    "name": {"const": "images"},
+                    "datatype": {"const": "UINT8"},
+                    "shape": {
+                        "type": "array",
+                        "prefixItems": [{"type": "integer", "minimum": 1}, {"const": 28}, {"const": 28}],
+                        "minItems": 3,
+                        "maxItems": 3,
+                    },
+                    "data": {"description": "Pixels 0 to 255, flat or nested as the shape is.", "type": "array"},
+                    "parameters": _PARAMETERS,
+                },
+            },
+        },
+        "outputs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name"],
+                "properties": {"name": {"enum": ["probabilities", "digit"]}, "parameters": _PARAMETERS},
+            },
+        },
+    },
+}
+
+INFER_BODY: Final[dict[str, Any]] = {
+    "required": True,
+    "description": (
+        "Canonical images (ink 255 on paper 0) as the tensor `images` UINT8 [N, 28, 28]. With the header "
+        "`Inference-Header-Content-Length` the pixels may follow the JSON as bytes (binary tensor data extension)."
+    ),
+    "content": {
+        "application/json": {"schema": _INFER_REQUEST},
+        "application/octet-stream": _BINARY,
     },
 }
 
@@ -300,6 +417,43 @@ def _tensorflow_routes() -> Iterator[Route]:
         )
 
 
+def _inference_routes() -> Iterator[Route]:
+    def get(path: str, handler: str, summary: str, answer: type[_Model], *errors: int) -> Route:
+        summary = f"Open inference protocol: {summary}"
+        return Route("GET", path, handler, summary, answer, errors=errors, error_model=PassedThroughError)
+
+    yield get("/v2", "inference_server", "the server", ServerMetadata)
+    yield get("/v2/health/live", "inference_live", "is the process alive?", Live)
+    yield get("/v2/health/ready", "inference_ready", "can images be read now?", Ready, 503)
+    for version in ("", "/versions/{version}"):
+        path = f"/v2/models/digits{version}"
+        of = "version {version} of the model" if version else "the model"
+        missing = (404,) if version else ()
+        yield get(path, "inference_model", of, ModelMetadata, *missing)
+        yield get(f"{path}/ready", "inference_model_ready", f"can {of} answer now?", ModelReady, *missing, 503)
+        yield Route(
+            "POST",
+            f"{path}/infer",
+            "inference_infer",
+            f"Open inference protocol: read images with {of}",
+            InferAnswer,
+            errors=(400, 404, 408, 413, 415, 429, 503, 504),
+            body=INFER_BODY,
+            error_model=PassedThroughError,
+        )
+    for method in ("GET", "POST"):
+        yield Route(
+            method,
+            "/v2/{rest}",
+            "inference_unknown",
+            "",
+            "application/json",
+            errors=(404,),
+            error_model=PassedThroughError,
+            listed=False,
+        )
+
+
 ROUTES: Final = (
     Route(
         "POST", "/classify", "classify", "Read one digit", ClassifyAnswer,
@@ -316,6 +470,7 @@ ROUTES: Final = (
     Route("GET", "/static/{rest}", "static", "What the drawing page is made of", "application/octet-stream",
           errors=(404,), listed=False),
     *_tensorflow_routes(),
+    *_inference_routes(),
 )  # fmt: skip
 
 
@@ -351,8 +506,8 @@ def _operation(route: Route) -> dict[str, Any]:
         responses["200"] = {"description": "OK", "content": _content(route.answer), "headers": _REQUEST_ID}
     for status in (*route.errors, 500):
         model: type[_Model] = route.error_model
-        if (route.path, status) == ("/readyz", 503):
-            model = Readiness
+        if status == 503 and isinstance(route.answer, type) and "ready" in route.answer.model_fields:
+            model = route.answer
         headers = dict(_REQUEST_ID)
         if status == 429:
             headers["retry-after"] = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
