@@ -14,6 +14,8 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from digits import contract
 from digits.errors import DigitsError, ModelUnavailable, Overloaded, UpstreamTimeout
 from serving.gateway.metrics import Metrics
@@ -49,6 +51,7 @@ class Waiting(asyncio.Future[list[Answer]]):
         arrived: float,
         deadline: float,
         version: Version = LATEST,
+        trial: bool = False,
     ) -> None:
         super().__init__(loop=owner.loop)
         self.owner = owner
@@ -57,6 +60,7 @@ class Waiting(asyncio.Future[list[Answer]]):
         self.arrived = arrived
         self.deadline = deadline
         self.version = version
+        self.trial = trial
 
     def cancel(self, msg: object = None) -> bool:
         """Leave; a place in the queue is free at once."""
@@ -101,7 +105,9 @@ class Predictor:
         self._closed = False
         metrics.watch_predictor(lambda: self.queued_images, lambda: len(self._calls))
 
-    def submit(self, images_u8: bytes, count: int, deadline: float, version: Version = LATEST) -> Waiting:
+    def submit(
+        self, images_u8: bytes, count: int, deadline: float, version: Version = LATEST, *, trial: bool = False
+    ) -> Waiting:
         """Take a place for ``count`` images (``count * 784`` bytes); await what comes back for their answers.
 
         Args:
@@ -109,6 +115,7 @@ class Predictor:
             count: How many, at least 1.
             deadline: ``time.monotonic()`` seconds. Once it has passed the images are never sent upstream.
             version: Which version of the model is to answer. Only calls for the same one go upstream together.
+            trial: Most of the images are no digits; their answers are not counted among the predictions.
 
         Raises:
             UpstreamTimeout: The deadline has passed already.
@@ -127,7 +134,7 @@ class Predictor:
         if self.queued_images and self.queued_images + count > self._max_queue:
             self._metrics.shed("queue_full")
             raise Overloaded(f"{self.queued_images} images are waiting already; try again later", self._retry_after_s())
-        waiting = Waiting(self, images_u8, count, now, deadline, version)
+        waiting = Waiting(self, images_u8, count, now, deadline, version, trial)
         self._queue[waiting] = None
         self.queued_images += count
         self._wake()
@@ -222,7 +229,11 @@ class Predictor:
         rows = found.probabilities  # (N, 10)
         digits = rows.argmax(axis=1)  # (N,)
         confidences = rows.max(axis=1)  # (N,)
-        self._metrics.predictions(digits, confidences, found.model_version)
+        if any(waiting.trial for waiting in batch):
+            counted = np.repeat([not waiting.trial for waiting in batch], [waiting.count for waiting in batch])  # (N,)
+            self._metrics.predictions(digits[counted], confidences[counted], found.model_version)
+        else:
+            self._metrics.predictions(digits, confidences, found.model_version)
         version = found.model_version
         answers = [
             Answer(digit, confidence, row, version)

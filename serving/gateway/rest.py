@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
 
 import grpc
+import numpy as np
 import orjson
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -27,6 +28,7 @@ from digits.errors import (
     UnsupportedMediaType,
     UpstreamTimeout,
 )
+from digits.number import choose
 from serving.gateway import open_inference, tensorflow_api
 from serving.gateway.app import Gateway, request_id_from
 from serving.gateway.docs import CSS, render_docs
@@ -290,6 +292,35 @@ class RestApp:
         )
         return Response(200, [JSON], body, answer.model_version)
 
+    async def read(self, request: Request) -> Response:
+        """POST /read."""
+        gateway = self._gateway
+        data = _picture_in(await self._body(request), request.content_type)
+        proposal = await gateway.pictures.read_number(data)
+        images_u8 = proposal.images_u8.tobytes()
+        answers = await self._predict(request, images_u8, len(proposal.images_u8), trial=True)
+        chosen = choose(proposal, np.array([answer.probabilities for answer in answers], np.float32))
+        read = [answers[at] for at in chosen]
+        version = answers[0].model_version
+        confidences = np.array([answer.confidence for answer in read], np.float32)
+        gateway.metrics.predictions(np.array([answer.digit for answer in read]), confidences, version)
+        digits = [
+            {
+                "digit": answer.digit,
+                "confidence": answer.confidence,
+                "probabilities": answer.probabilities,
+                "box": proposal.boxes[at].tolist(),
+            }
+            for at, answer in zip(chosen, read, strict=True)
+        ]
+        body = {
+            "number": "".join(str(answer.digit) for answer in read),
+            "digits": digits,
+            "model_version": version,
+            "request_id": request.id,
+        }
+        return Response(200, [JSON], orjson.dumps(body), version)
+
     # TensorFlow Serving's API
 
     async def tensorflow_predict(self, request: Request) -> Response:
@@ -422,10 +453,6 @@ class RestApp:
         """GET /static/…."""
         return self._file(request, request.path.removeprefix("/static/"))
 
-    def unimplemented(self, request: Request) -> Response:
-        """Routes that are known but not there yet."""
-        raise Unimplemented(f"{request.path[:64]} is not offered here; POST /classify reads one digit")
-
     def _file(self, request: Request, name: str) -> Response:
         file = self._page.get(name)
         if file is None:
@@ -437,10 +464,12 @@ class RestApp:
 
     # --- what handlers share ---
 
-    async def _predict(self, request: Request, images_u8: bytes, count: int, version: Version = LATEST) -> list[Answer]:
+    async def _predict(
+        self, request: Request, images_u8: bytes, count: int, version: Version = LATEST, *, trial: bool = False
+    ) -> list[Answer]:
         """Answers for ``count`` images; a client that hangs up leaves its place."""
         deadline = request.started + self._settings.timeout_s
-        waiting = self._gateway.predictor.submit(images_u8, count, deadline, version)
+        waiting = self._gateway.predictor.submit(images_u8, count, deadline, version, trial=trial)
         request.scope[ON_DISCONNECT] = waiting.cancel
         return await waiting
 

@@ -29,6 +29,32 @@ class ClassifyAnswer(_Model):
     """Also in the header ``x-request-id``."""
 
 
+class NumberDigit(_Model):
+    """One digit of a number."""
+
+    digit: Annotated[int, Field(ge=0, le=9)]
+    """The most probable digit."""
+    confidence: Annotated[float, Field(ge=0, le=1)]
+    """Its probability."""
+    probabilities: Annotated[list[float], Field(min_length=10, max_length=10)]
+    """Of the digits 0 to 9; they sum to 1."""
+    box: Annotated[list[int], Field(min_length=4, max_length=4)]
+    """Where it is: x, y, width and height in the picture's pixels, the picture upright."""
+
+
+class ReadAnswer(_Model):
+    """A number that was read."""
+
+    number: str
+    """Its digits, left to right; leading zeros are kept."""
+    digits: list[NumberDigit]
+    """Each of them, left to right."""
+    model_version: str
+    """The version of the model that answered."""
+    request_id: str
+    """Also in the header ``x-request-id``."""
+
+
 class ErrorDetail(_Model):
     """What went wrong."""
 
@@ -318,6 +344,14 @@ INFER_BODY: Final[dict[str, Any]] = {
     },
 }
 
+READ_BODY: Final[dict[str, Any]] = {
+    **CLASSIFY_BODY,
+    "description": (
+        "A picture of one number on one line, of any size and polarity, as the body or as the multipart field `image`. "
+        "Digits may touch; the more they overlap, the more often one is missed."
+    ),
+}
+
 ERROR_TEXTS: Final = {
     400: "The request is malformed, or holds no picture in which a digit can be read.",
     404: "There is no such thing.",
@@ -459,7 +493,10 @@ ROUTES: Final = (
         "POST", "/classify", "classify", "Read one digit", ClassifyAnswer,
         errors=(400, 408, 413, 415, 429, 503, 504), body=CLASSIFY_BODY,
     ),
-    Route("POST", "/read", "unimplemented", "Read a whole number (not offered yet)", ErrorAnswer, errors=(501,)),
+    Route(
+        "POST", "/read", "read", "Read a whole number", ReadAnswer,
+        errors=(400, 408, 413, 415, 429, 503, 504), body=READ_BODY,
+    ),
     Route("GET", "/healthz", "healthz", "Is the process alive?", Health),
     Route("GET", "/readyz", "readyz", "Can digits be read now?", Readiness, errors=(503,)),
     Route("GET", "/metrics", "metrics", "Metrics for Prometheus", "text/plain"),
