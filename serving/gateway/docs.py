@@ -20,6 +20,14 @@ _EXAMPLES: Final = {
         "curl -F image=@seven.png {base}/classify\n"
         "curl --data-binary @seven.raw -H 'Content-Type: application/octet-stream' {base}/classify   # 784 bytes"
     ),
+    ("post", "/read"): "curl --data-binary @number.png -H 'Content-Type: image/png' {base}/read",
+    ("post", "/v1/models/digits:predict"): (
+        "curl -d '{{\"instances\": [[[0, …28 pixels], …28 rows], …]}}' {base}/v1/models/digits:predict"
+    ),
+    ("post", "/v2/models/digits/infer"): (
+        'curl -d \'{{"inputs": [{{"name": "images", "datatype": "UINT8", "shape": [1, 28, 28], '
+        '"data": […784 pixels]}}]}}\' {base}/v2/models/digits/infer'
+    ),
     ("get", "/readyz"): "curl {base}/readyz",
     ("get", "/metrics"): "curl {base}/metrics",
 }
@@ -39,7 +47,9 @@ def render_docs(document: dict[str, Any], base: str = "http://localhost:8080") -
         f"<title>{escape(info['title'])} API</title><link rel=stylesheet href=/docs.css>",
         f"<h1>{escape(info['title'])} API <small>{escape(info['version'])}</small></h1>",
         f"<p>{escape(info['summary'])} {_text(info['description'])} The same as a machine reads it: ",
-        '<a href="/openapi.json">openapi.json</a>. gRPC: <code>digits.v1.Digits</code>, by reflection.</p>',
+        '<a href="/openapi.json">openapi.json</a>. gRPC: <code>digits.v1.Digits</code> and ',
+        "<code>inference.GRPCInferenceService</code>, by reflection; ",
+        "<code>tensorflow.serving.PredictionService</code> as TensorFlow Serving has it.</p>",
     ]
     for path, methods in document["paths"].items():
         for method, operation in methods.items():

@@ -61,7 +61,7 @@ class Metrics:
         self._queue_wait_s = self._histogram(
             "digits_queue_wait_seconds", "Wait of the oldest image of each model server call.", DURATION_BUCKETS_S
         )
-        for reason in ("queue_full", "decodes_full"):
+        for reason in ("queue_full", "decodes_full", "passed_calls_full"):
             self._shed.labels(reason)
 
     def request(self, protocol: str, route: str, code: str, model_version: str, duration_s: float) -> None:

@@ -1,13 +1,17 @@
 """Encoded or raw bytes → one canonical image, without holding up the event loop."""
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from digits import contract
 from digits.errors import Overloaded
 from digits.image import from_raw, read_digit
+from digits.number import Proposal, propose
 from serving.gateway.metrics import Metrics
+
+T = TypeVar("T")
 
 AT_ONCE_SIZE: Final = (contract.IMAGE_WIDTH, contract.IMAGE_HEIGHT)
 """PNGs of this size are decoded in the loop, in some 30 µs: less than a thread's handshake costs. Others take 20 times
@@ -75,20 +79,27 @@ class Pictures:
             BadImage, TooLarge: As ``digits.image``.
             Overloaded: Too many pictures wait to be decoded.
         """
+        return await self._in_thread(_decode, data)
+
+    async def read_number(self, data: bytes) -> Proposal:
+        """Where the digits of a number may be in a picture, looked for in a thread. Raises as ``read``."""
+        return await self._in_thread(propose, data)
+
+    async def _in_thread(self, work: Callable[[bytes], T], data: bytes) -> T:
         if self.in_flight >= self._max_waiting:
             self._metrics.shed("decodes_full")
             raise Overloaded(f"{self.in_flight} pictures are waiting to be decoded already; try again later")
         self.in_flight += 1
-        work = asyncio.get_running_loop().run_in_executor(self._pool, _decode, data)
+        working = asyncio.get_running_loop().run_in_executor(self._pool, work, data)
         # Counted until the thread is free, not until the caller has lost patience.
-        work.add_done_callback(self._decoded)
-        return await asyncio.shield(work)
+        working.add_done_callback(self._decoded)
+        return await asyncio.shield(working)
 
     def close(self) -> None:
         """Let the threads go."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _decoded(self, work: asyncio.Future[bytes]) -> None:
+    def _decoded(self, work: asyncio.Future[Any]) -> None:
         self.in_flight -= 1
         if not work.cancelled():
             work.exception()  # looked at, so that nobody's leaving is reported as an unhandled error

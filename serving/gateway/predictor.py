@@ -14,10 +14,12 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from digits import contract
 from digits.errors import DigitsError, ModelUnavailable, Overloaded, UpstreamTimeout
 from serving.gateway.metrics import Metrics
-from serving.gateway.upstream import Predictions
+from serving.gateway.upstream import LATEST, Predictions, Version
 
 MAX_TURNS = 8
 """Turns of the event loop for which a batch is kept open while each brings more; in an idle gateway one, some 10 µs."""
@@ -41,13 +43,24 @@ class Answer(NamedTuple):
 class Waiting(asyncio.Future[list[Answer]]):
     """A caller's place; awaited, its answers, one for each image. Cancel it, or the task that awaits it, to leave."""
 
-    def __init__(self, owner: "Predictor", images_u8: bytes, count: int, arrived: float, deadline: float) -> None:
+    def __init__(
+        self,
+        owner: "Predictor",
+        images_u8: bytes,
+        count: int,
+        arrived: float,
+        deadline: float,
+        version: Version = LATEST,
+        trial: bool = False,
+    ) -> None:
         super().__init__(loop=owner.loop)
         self.owner = owner
         self.images_u8 = images_u8
         self.count = count
         self.arrived = arrived
         self.deadline = deadline
+        self.version = version
+        self.trial = trial
 
     def cancel(self, msg: object = None) -> bool:
         """Leave; a place in the queue is free at once."""
@@ -59,7 +72,7 @@ class Predictor:
     """The service behind every adapter. Create it inside a running event loop.
 
     Args:
-        predict: ``(images_u8, count, deadline) -> Predictions``: one upstream call.
+        predict: ``(images_u8, count, deadline, version) -> Predictions``: one upstream call.
         metrics: Where waits, batches, refusals and answers are counted.
         max_batch: Most images in one upstream call; a single caller with more goes alone.
         max_calls: Most upstream calls under way at once.
@@ -68,7 +81,7 @@ class Predictor:
 
     def __init__(
         self,
-        predict: Callable[[bytes, int, float], Awaitable[Predictions]],
+        predict: Callable[[bytes, int, float, Version], Awaitable[Predictions]],
         metrics: Metrics,
         *,
         max_batch: int = 128,
@@ -92,13 +105,17 @@ class Predictor:
         self._closed = False
         metrics.watch_predictor(lambda: self.queued_images, lambda: len(self._calls))
 
-    def submit(self, images_u8: bytes, count: int, deadline: float) -> Waiting:
+    def submit(
+        self, images_u8: bytes, count: int, deadline: float, version: Version = LATEST, *, trial: bool = False
+    ) -> Waiting:
         """Take a place for ``count`` images (``count * 784`` bytes); await what comes back for their answers.
 
         Args:
             images_u8: Canonical images, one after another.
             count: How many, at least 1.
             deadline: ``time.monotonic()`` seconds. Once it has passed the images are never sent upstream.
+            version: Which version of the model is to answer. Only calls for the same one go upstream together.
+            trial: Most of the images are no digits; their answers are not counted among the predictions.
 
         Raises:
             UpstreamTimeout: The deadline has passed already.
@@ -117,7 +134,7 @@ class Predictor:
         if self.queued_images and self.queued_images + count > self._max_queue:
             self._metrics.shed("queue_full")
             raise Overloaded(f"{self.queued_images} images are waiting already; try again later", self._retry_after_s())
-        waiting = Waiting(self, images_u8, count, now, deadline)
+        waiting = Waiting(self, images_u8, count, now, deadline, version, trial)
         self._queue[waiting] = None
         self.queued_images += count
         self._wake()
@@ -174,7 +191,7 @@ class Predictor:
         count = 0
         while self._queue:
             first = next(iter(self._queue))
-            if batch and count + first.count > self._max_batch:
+            if batch and (count + first.count > self._max_batch or first.version != batch[0].version):
                 break
             self._queue.popitem(last=False)
             self.queued_images -= first.count
@@ -192,7 +209,7 @@ class Predictor:
         count = sum(waiting.count for waiting in batch)
         try:
             images_u8 = b"".join([waiting.images_u8 for waiting in batch])
-            found = await self._predict(images_u8, count, max(waiting.deadline for waiting in batch))
+            found = await self._predict(images_u8, count, max(waiting.deadline for waiting in batch), batch[0].version)
             self._answer(batch, found)
         except DigitsError as err:
             _fail(batch, err)
@@ -212,7 +229,11 @@ class Predictor:
         rows = found.probabilities  # (N, 10)
         digits = rows.argmax(axis=1)  # (N,)
         confidences = rows.max(axis=1)  # (N,)
-        self._metrics.predictions(digits, confidences, found.model_version)
+        if any(waiting.trial for waiting in batch):
+            counted = np.repeat([not waiting.trial for waiting in batch], [waiting.count for waiting in batch])  # (N,)
+            self._metrics.predictions(digits[counted], confidences[counted], found.model_version)
+        else:
+            self._metrics.predictions(digits, confidences, found.model_version)
         version = found.model_version
         answers = [
             Answer(digit, confidence, row, version)

@@ -2,10 +2,13 @@
 
 import asyncio
 import math
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
 
+import grpc
+import numpy as np
 import orjson
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -25,10 +28,14 @@ from digits.errors import (
     UnsupportedMediaType,
     UpstreamTimeout,
 )
+from digits.number import choose
+from serving.gateway import open_inference, tensorflow_api
 from serving.gateway.app import Gateway, request_id_from
 from serving.gateway.docs import CSS, render_docs
 from serving.gateway.page_files import PageFile, read_page
+from serving.gateway.predictor import Answer
 from serving.gateway.schema import ROUTES, PassedThroughError, Route, openapi_document
+from serving.gateway.upstream import GET_MODEL_METADATA, GET_MODEL_STATUS, LATEST, PassedOn, Version
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -76,6 +83,16 @@ STATUS: Final[dict[type[DigitsError], int]] = {
 }
 """The error table of HTTP. Anything else is a defect: 500."""
 
+_PASSED_ON: Final = {
+    grpc.StatusCode.INVALID_ARGUMENT: BadRequest,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.DEADLINE_EXCEEDED: UpstreamTimeout,
+    grpc.StatusCode.UNAVAILABLE: ModelUnavailable,
+    grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
+}
+"""What a code that the model server gave to a request passed on to it is here."""
+
 JSON: Final = (b"content-type", b"application/json")
 NO_SNIFF: Final = (b"x-content-type-options", b"nosniff")
 
@@ -118,6 +135,7 @@ class Request:
         "id",
         "method",
         "path",
+        "path_fields",
         "receive",
         "route",
         "scope",
@@ -131,6 +149,7 @@ class Request:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.route: Route | None = None
+        self.path_fields: dict[str, str] = {}
         self.fields: dict[str, object] = {}
         self.content_type = b""
         self.content_length: bytes | None = None
@@ -160,12 +179,12 @@ class RestApp:
         self._gateway = gateway
         self._settings = gateway.settings
         self._exact: dict[str, dict[str, Route]] = {}
-        self._below: dict[str, dict[str, Route]] = {}
+        self._patterns: dict[re.Pattern[str], dict[str, Route]] = {}
         for route in ROUTES:
-            table, path = self._exact, route.path
-            if path.endswith("{rest}"):
-                table, path = self._below, path.removesuffix("{rest}")
-            table.setdefault(path, {})[route.method] = route
+            if "{" in route.path:
+                self._patterns.setdefault(_pattern(route.path), {})[route.method] = route
+            else:
+                self._exact.setdefault(route.path, {})[route.method] = route
         self._page: dict[str, PageFile] = read_page()
         self._reading: dict[asyncio.Task[Any], float] = {}
         self._sweeping = False
@@ -223,7 +242,7 @@ class RestApp:
     # --- routing ---
 
     async def _respond(self, request: Request) -> Response:
-        by_method = self._exact.get(request.path) or self._find_below(request.path)
+        by_method = self._exact.get(request.path) or self._find_pattern(request)
         if by_method is None:
             raise NotFound("there is no such route; see /docs")
         method = "GET" if request.method == "HEAD" else request.method
@@ -235,11 +254,16 @@ class RestApp:
         request.route = route
         if route.handler == "classify":
             return await self.classify(request)
-        handler: Callable[[Request], Response] = getattr(self, route.handler)
-        return handler(request)
+        handler: Callable[[Request], Response | Awaitable[Response]] = getattr(self, route.handler)
+        response = handler(request)
+        return response if isinstance(response, Response) else await response
 
-    def _find_below(self, path: str) -> dict[str, Route] | None:
-        return next((routes for prefix, routes in self._below.items() if path.startswith(prefix)), None)
+    def _find_pattern(self, request: Request) -> dict[str, Route] | None:
+        for pattern, routes in self._patterns.items():
+            if found := pattern.fullmatch(request.path):
+                request.path_fields = found.groupdict()
+                return routes
+        return None
 
     # --- handlers ---
 
@@ -267,6 +291,124 @@ class RestApp:
             }
         )
         return Response(200, [JSON], body, answer.model_version)
+
+    async def read(self, request: Request) -> Response:
+        """POST /read."""
+        gateway = self._gateway
+        data = _picture_in(await self._body(request), request.content_type)
+        proposal = await gateway.pictures.read_number(data)
+        images_u8 = proposal.images_u8.tobytes()
+        answers = await self._predict(request, images_u8, len(proposal.images_u8), trial=True)
+        chosen = choose(proposal, np.array([answer.probabilities for answer in answers], np.float32))
+        read = [answers[at] for at in chosen]
+        version = answers[0].model_version
+        confidences = np.array([answer.confidence for answer in read], np.float32)
+        gateway.metrics.predictions(np.array([answer.digit for answer in read]), confidences, version)
+        digits = [
+            {
+                "digit": answer.digit,
+                "confidence": answer.confidence,
+                "probabilities": answer.probabilities,
+                "box": proposal.boxes[at].tolist(),
+            }
+            for at, answer in zip(chosen, read, strict=True)
+        ]
+        body = {
+            "number": "".join(str(answer.digit) for answer in read),
+            "digits": digits,
+            "model_version": version,
+            "request_id": request.id,
+        }
+        return Response(200, [JSON], orjson.dumps(body), version)
+
+    # TensorFlow Serving's API
+
+    async def tensorflow_predict(self, request: Request) -> Response:
+        """POST /v1/models/digits[/versions/N|/labels/L]:predict."""
+        version = tensorflow_api.version_in(request.path_fields)
+        body = await self._json_body(request)
+        asked = tensorflow_api.read_predict(body, self._settings.max_request_images)
+        answers = await self._predict(request, asked.images_u8, asked.images, version)
+        return Response(200, [JSON], tensorflow_api.dump_predict(answers, asked.by_row), answers[0].model_version)
+
+    async def tensorflow_status(self, request: Request) -> Response:
+        """GET /v1/models/digits[/versions/N|/labels/L]."""
+        version = tensorflow_api.version_in(request.path_fields)
+        answer = await self._pass_on(request, GET_MODEL_STATUS, tensorflow_api.status_request(version), version)
+        return Response(200, [JSON, _NO_STORE], tensorflow_api.dump_status(answer))
+
+    async def tensorflow_metadata(self, request: Request) -> Response:
+        """GET /v1/models/digits[/versions/N|/labels/L]/metadata."""
+        version = tensorflow_api.version_in(request.path_fields)
+        answer = await self._pass_on(request, GET_MODEL_METADATA, tensorflow_api.metadata_request(version), version)
+        return Response(200, [JSON, _NO_STORE], tensorflow_api.dump_metadata(answer))
+
+    def tensorflow_unknown(self, request: Request) -> Response:
+        """What else is below /v1/models/: another model, a method that is not offered, or no path of the API."""
+        found = _TENSORFLOW_PATH.fullmatch(request.path)
+        if found is None or (request.method == "POST") != (found["call"] not in (None, "/metadata")):
+            raise BadRequest(f"Malformed request: {request.method[:16]} {request.path[:128]}")
+        fields = {name: found[name] for name in ("version", "label") if found[name] is not None}
+        if found["model"] != contract.MODEL_NAME:
+            raise tensorflow_api.unknown_model(found["model"], fields, status=found["call"] is None)
+        raise Unimplemented("only :predict is offered; send the tensors of a Predict signature")
+
+    # The open inference protocol
+
+    def inference_server(self, _: Request) -> Response:
+        """GET /v2."""
+        return Response(200, [JSON], orjson.dumps(open_inference.server_metadata()))
+
+    def inference_live(self, _: Request) -> Response:
+        """GET /v2/health/live."""
+        return Response(200, [JSON, _NO_STORE], b'{"live":true}')
+
+    def inference_ready(self, _: Request) -> Response:
+        """GET /v2/health/ready."""
+        ready = not self._gateway.why_not_ready()
+        return Response(200 if ready else 503, [JSON, _NO_STORE], orjson.dumps({"ready": ready}))
+
+    def inference_model(self, request: Request) -> Response:
+        """GET /v2/models/digits[/versions/N]."""
+        available = self._gateway.upstream.availability.versions
+        versions = open_inference.available(self._inference_version(request), available)
+        return Response(200, [JSON, _NO_STORE], orjson.dumps(open_inference.model_metadata(versions)))
+
+    def inference_model_ready(self, request: Request) -> Response:
+        """GET /v2/models/digits[/versions/N]/ready."""
+        version = self._inference_version(request)
+        versions = self._gateway.upstream.availability.versions
+        ready = not self._gateway.why_not_ready() and open_inference.is_ready(version, versions)
+        body = orjson.dumps({"name": contract.MODEL_NAME, "ready": ready})
+        return Response(200 if ready else 503, [JSON, _NO_STORE], body)
+
+    async def inference_infer(self, request: Request) -> Response:
+        """POST /v2/models/digits[/versions/N]/infer."""
+        version = self._inference_version(request)
+        body = await self._json_body(request)
+        json_size = request.header(b"inference-header-content-length")
+        asked = open_inference.read_body(body, json_size, self._settings.max_request_images)
+        answers = await self._predict(request, asked.images_u8, asked.images, version)
+        answer, json_bytes = open_inference.dump_body(asked, answers)
+        if json_bytes is None:
+            return Response(200, [JSON], answer, answers[0].model_version)
+        headers = [
+            (b"content-type", b"application/octet-stream"),
+            (b"inference-header-content-length", b"%d" % json_bytes),
+        ]
+        return Response(200, headers, answer, answers[0].model_version)
+
+    def inference_unknown(self, request: Request) -> Response:
+        """What else is below /v2: another model, or no path of the protocol."""
+        parts = request.path.split("/")
+        if len(parts) > 3 and parts[2] == "models":
+            open_inference.version_in(parts[3], "")
+        raise NotFound(f"the open inference protocol has no {request.method[:16]} {request.path[:128]} here")
+
+    def _inference_version(self, request: Request) -> Version:
+        return open_inference.version_in(contract.MODEL_NAME, request.path_fields.get("version", ""))
+
+    # health and documents
 
     def healthz(self, _: Request) -> Response:
         """GET /healthz."""
@@ -311,10 +453,6 @@ class RestApp:
         """GET /static/…."""
         return self._file(request, request.path.removeprefix("/static/"))
 
-    def unimplemented(self, request: Request) -> Response:
-        """Routes that are known but not there yet."""
-        raise Unimplemented(f"{request.path[:64]} is not offered here; POST /classify reads one digit")
-
     def _file(self, request: Request, name: str) -> Response:
         file = self._page.get(name)
         if file is None:
@@ -324,7 +462,32 @@ class RestApp:
             return Response(304, headers, b"")
         return Response(200, [(b"content-type", file.content_type), *headers], file.body)
 
+    # --- what handlers share ---
+
+    async def _predict(
+        self, request: Request, images_u8: bytes, count: int, version: Version = LATEST, *, trial: bool = False
+    ) -> list[Answer]:
+        """Answers for ``count`` images; a client that hangs up leaves its place."""
+        deadline = request.started + self._settings.timeout_s
+        waiting = self._gateway.predictor.submit(images_u8, count, deadline, version, trial=trial)
+        request.scope[ON_DISCONNECT] = waiting.cancel
+        return await waiting
+
+    async def _pass_on(self, request: Request, path: str, message: bytes, version: Version) -> bytes:
+        deadline = request.started + self._settings.timeout_s
+        try:
+            return await self._gateway.upstream.pass_on(path, message, version, deadline)
+        except PassedOn as err:
+            kind = _PASSED_ON.get(err.status)
+            raise (kind(str(err)) if kind else err) from err
+
     # --- the body ---
+
+    async def _json_body(self, request: Request) -> bytes:
+        """The body of a protocol whose clients do not all declare JSON. Compressed ones are not read."""
+        if request.header(b"content-encoding").lower() not in ("", "identity"):
+            raise UnsupportedMediaType("expected a body without Content-Encoding: send it uncompressed")
+        return await self._body(request)
 
     async def _body(self, request: Request) -> bytes:
         limit = self._settings.max_body_bytes
@@ -400,8 +563,21 @@ class RestApp:
 
 _NO_STORE: Final = (b"cache-control", b"no-store")
 _HTML: Final = (b"content-type", b"text/html; charset=utf-8")
+_TENSORFLOW_PATH: Final = re.compile(
+    r"/v1/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[^/:]+)|/labels/(?P<label>[^/:]+))?"
+    r"(?P<call>/metadata|:predict|:classify|:regress)?"
+)
 _UNDECLARED: Final = frozenset({b"", b"application/octet-stream", b"application/x-www-form-urlencoded"})
 """The bytes decide. The last is what curl declares when it is told nothing."""
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    """``/a/{name}:b`` → a pattern whose names stand for one part of a path, ``{rest}`` for all that is left."""
+    parts = re.split(r"\{(\w+)\}", path)
+    for at, part in enumerate(parts):
+        kind = ".*" if part == "rest" else "[^/:]+"
+        parts[at] = f"(?P<{part}>{kind})" if at % 2 else re.escape(part)
+    return re.compile("".join(parts), re.DOTALL)
 
 
 async def _long_body(message: dict[str, Any], receive: Receive, limit: int) -> bytes:

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
 import grpc
@@ -25,12 +25,19 @@ from digits.errors import (
     UnsupportedMediaType,
     UpstreamTimeout,
 )
+from serving.gateway import open_inference, tensorflow_api
 from serving.gateway.app import Gateway, request_id_from
 from serving.gateway.predictor import Answer
-from serving.gateway.upstream import Availability
+from serving.gateway.upstream import GET_MODEL_METADATA, GET_MODEL_STATUS, PREDICT, Availability, PassedOn, Version
 from serving.protos import digits_pb2 as pb
+from serving.protos import open_inference_pb2
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Digits"].full_name
+PREDICTION_SERVICE: Final = "tensorflow.serving.PredictionService"
+MODEL_SERVICE: Final = "tensorflow.serving.ModelService"
+INFERENCE_SERVICE: Final = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+HEALTH_NAMES: Final = ("", SERVICE, PREDICTION_SERVICE, MODEL_SERVICE, INFERENCE_SERVICE)
+"""What grpc.health.v1 answers for; the empty name is the server as a whole."""
 
 CODES: Final[dict[type[DigitsError], grpc.StatusCode]] = {
     BadRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -58,34 +65,90 @@ _SERVER_FAULTS: Final = frozenset(
 )
 
 
+Work = Callable[[bytes, float, str], Awaitable[tuple[bytes, str]]]
+"""``(message, deadline, request id) -> (answer, model version)``: a method without its transport."""
+
+
+class Calls:
+    """What every method shares: deadline, request id, error table, and what a call leaves behind."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.in_flight = 0
+        self._timeout_s = gateway.settings.timeout_s
+        gateway.metrics.watch_requests("grpc", lambda: self.in_flight)
+
+    def unary(self, name: str, work: Work) -> Any:
+        """The handler of a method: bytes in, bytes out."""
+
+        async def call(message: bytes, context: Any) -> bytes:
+            started = time.monotonic()
+            request_id = _request_id(context)
+            self.in_flight += 1
+            try:
+                answer, model_version = await work(message, self.deadline(context, started), request_id)
+            except asyncio.CancelledError:
+                self.finished(name, grpc.StatusCode.CANCELLED, started, request_id)
+                raise
+            except Exception as err:  # noqa: BLE001 - the edge: every exception is translated once, here
+                code, error, text, more = self.translate(err, request_id)
+                self.finished(name, code, started, request_id, error=error)
+                await context.abort(code, text, (("x-request-id", request_id), *more))
+            finally:
+                self.in_flight -= 1
+            context.set_trailing_metadata((("x-request-id", request_id),))
+            self.finished(name, grpc.StatusCode.OK, started, request_id, model_version)
+            return answer
+
+        return grpc.unary_unary_rpc_method_handler(call)
+
+    def deadline(self, context: Any, started: float) -> float:
+        """The caller's deadline, or our own where it has none: ``time.monotonic()`` seconds."""
+        remaining_s = context.time_remaining()
+        return started + (self._timeout_s if remaining_s is None else remaining_s)
+
+    def translate(
+        self, err: Exception, request_id: str
+    ) -> tuple[grpc.StatusCode, str, str, tuple[tuple[str, str], ...]]:
+        """Code, machine-readable name, text and trailing metadata."""
+        if isinstance(err, PassedOn):
+            return err.status, err.code, str(err), (("x-error-code", err.code),)
+        code = next((CODES[kind] for kind in type(err).__mro__ if kind in CODES), None)
+        if code is None or not isinstance(err, DigitsError):
+            self.gateway.log.error("defect", request_id=request_id, exc_info=err)
+            return grpc.StatusCode.INTERNAL, "internal", "internal error", (("x-error-code", "internal"),)
+        more: tuple[tuple[str, str], ...] = (("x-error-code", err.code),)
+        if isinstance(err, Overloaded):
+            more = (*more, ("grpc-retry-pushback-ms", str(max(1, math.ceil(err.retry_after_s * 1000)))))
+        return code, err.code, str(err), more
+
+    def finished(
+        self,
+        method: str,
+        code: grpc.StatusCode,
+        started: float,
+        request_id: str,
+        model_version: str = "",
+        **fields: object,
+    ) -> None:
+        """Count a call that has ended and write its line."""
+        failed = code in _SERVER_FAULTS
+        self.gateway.finished(
+            "grpc", method, code.name, started, request_id, failed=failed, model_version=model_version, **fields
+        )
+
+
 class DigitsService:
     """``digits.v1.Digits`` on the gateway."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._timeout_s = gateway.settings.timeout_s
-        self._in_flight = 0
-        gateway.metrics.watch_requests("grpc", lambda: self._in_flight)
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._gateway = calls.gateway
 
-    async def classify(self, message: bytes, context: Any) -> bytes:
-        """Classify: bytes of a ClassifyRequest → bytes of a ClassifyResponse."""
-        started = time.monotonic()
-        request_id = _request_id(context)
-        self._in_flight += 1
-        try:
-            answer = await self._gateway.classify(_image(message), self._deadline(context, started))
-        except asyncio.CancelledError:
-            self._finished("Classify", grpc.StatusCode.CANCELLED, started, request_id)
-            raise
-        except Exception as err:  # noqa: BLE001 - the edge: every exception is translated once, here
-            code, name, text, more = self._translate(err, request_id)
-            self._finished("Classify", code, started, request_id, error=name)
-            await context.abort(code, text, (("x-request-id", request_id), *more))
-        finally:
-            self._in_flight -= 1
-        context.set_trailing_metadata((("x-request-id", request_id),))
-        self._finished("Classify", grpc.StatusCode.OK, started, request_id, answer.model_version)
-        return _response(answer, request_id).SerializeToString()
+    async def classify(self, message: bytes, deadline: float, request_id: str) -> tuple[bytes, str]:
+        """ClassifyRequest → ClassifyResponse."""
+        answer = await self._gateway.classify(_image(message), deadline)
+        return _response(answer, request_id).SerializeToString(), answer.model_version
 
     async def classify_stream(self, messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         """ClassifyStream: answers in the order of the requests, several of them under way at once."""
@@ -95,20 +158,20 @@ class DigitsService:
         count = 0
         answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_WINDOW)
         reader = asyncio.create_task(self._read_stream(messages, answers, request_id, context))
-        self._in_flight += 1
+        self._calls.in_flight += 1
         try:
             while (answer := await answers.get()) is not None:
                 count += 1
                 yield await answer
             code = grpc.StatusCode.OK
         finally:
-            self._in_flight -= 1
+            self._calls.in_flight -= 1
             reader.cancel()
             while not answers.empty():
                 if (left := answers.get_nowait()) is not None:
                     left.cancel()
             context.set_trailing_metadata((("x-request-id", request_id),))
-            self._finished("ClassifyStream", code, started, request_id, messages=count)
+            self._calls.finished("ClassifyStream", code, started, request_id, messages=count)
 
     async def _read_stream(
         self, messages: AsyncIterator[bytes], answers: "asyncio.Queue[Any]", request_id: str, context: Any
@@ -128,43 +191,95 @@ class DigitsService:
 
     async def _one_of_stream(self, message: bytes, request_id: str, context: Any) -> bytes:
         try:
-            answer = await self._gateway.classify(_image(message), self._deadline(context, time.monotonic()))
+            answer = await self._gateway.classify(_image(message), self._calls.deadline(context, time.monotonic()))
         except Exception as err:  # noqa: BLE001 - told in the stream, which goes on
-            _, name, text, _ = self._translate(err, request_id)
+            _, name, text, _ = self._calls.translate(err, request_id)
             error = pb.ClassifyError(code=name, message=text, request_id=request_id)
             return pb.ClassifyStreamResponse(error=error).SerializeToString()
         return pb.ClassifyStreamResponse(answer=_response(answer, request_id)).SerializeToString()
 
-    def _deadline(self, context: Any, started: float) -> float:
-        remaining_s = context.time_remaining()
-        return started + (self._timeout_s if remaining_s is None else remaining_s)
 
-    def _translate(
-        self, err: Exception, request_id: str
-    ) -> tuple[grpc.StatusCode, str, str, tuple[tuple[str, str], ...]]:
-        """Code, machine-readable name, text and trailing metadata."""
-        code = next((CODES[kind] for kind in type(err).__mro__ if kind in CODES), None)
-        if code is None or not isinstance(err, DigitsError):
-            self._gateway.log.error("defect", request_id=request_id, exc_info=err)
-            return grpc.StatusCode.INTERNAL, "internal", "internal error", (("x-error-code", "internal"),)
-        more: tuple[tuple[str, str], ...] = (("x-error-code", err.code),)
-        if isinstance(err, Overloaded):
-            more = (*more, ("grpc-retry-pushback-ms", str(max(1, math.ceil(err.retry_after_s * 1000)))))
-        return code, err.code, str(err), more
+class TensorFlowService:
+    """``tensorflow.serving.PredictionService`` and ``ModelService``: looked at, then passed on as they came."""
 
-    def _finished(
-        self,
-        method: str,
-        code: grpc.StatusCode,
-        started: float,
-        request_id: str,
-        model_version: str = "",
-        **fields: object,
-    ) -> None:
-        failed = code in _SERVER_FAULTS
-        self._gateway.finished(
-            "grpc", method, code.name, started, request_id, failed=failed, model_version=model_version, **fields
-        )
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._max_images = gateway.settings.max_request_images
+        self._max_calls = gateway.settings.max_passed_calls
+        self._calls = 0
+
+    async def predict(self, message: bytes, deadline: float, _: str) -> tuple[bytes, str]:
+        """PredictRequest → PredictResponse."""
+        version = tensorflow_api.check_predict(message, self._max_images)
+        answer = await self._pass_on(PREDICT, message, version, deadline)
+        return answer, tensorflow_api.version_of(answer)
+
+    async def get_model_metadata(self, message: bytes, deadline: float, _: str) -> tuple[bytes, str]:
+        """GetModelMetadataRequest → GetModelMetadataResponse."""
+        version = tensorflow_api.check_metadata(message)
+        return await self._pass_on(GET_MODEL_METADATA, message, version, deadline), ""
+
+    async def get_model_status(self, message: bytes, deadline: float, _: str) -> tuple[bytes, str]:
+        """GetModelStatusRequest → GetModelStatusResponse."""
+        version = tensorflow_api.check_status(message)
+        answer = await self._pass_on(GET_MODEL_STATUS, message, version, deadline)
+        return tensorflow_api.plain_status(answer), ""
+
+    async def _pass_on(self, path: str, message: bytes, version: Version, deadline: float) -> bytes:
+        if self._calls >= self._max_calls:
+            self._gateway.metrics.shed("passed_calls_full")
+            raise Overloaded(f"{self._calls} calls are being passed on already; try again later")
+        self._calls += 1
+        try:
+            return await self._gateway.upstream.pass_on(path, message, version, deadline)
+        finally:
+            self._calls -= 1
+
+
+class InferenceService:
+    """``inference.GRPCInferenceService``: the open inference protocol. Bytes → bytes and the version that answered."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._max_images = gateway.settings.max_request_images
+
+    async def server_live(self, message: bytes, _: float, __: str) -> tuple[bytes, str]:
+        """ServerLive."""
+        open_inference.parse(open_inference_pb2.ServerLiveRequest, message)
+        return open_inference_pb2.ServerLiveResponse(live=True).SerializeToString(), ""
+
+    async def server_ready(self, message: bytes, _: float, __: str) -> tuple[bytes, str]:
+        """ServerReady."""
+        open_inference.parse(open_inference_pb2.ServerReadyRequest, message)
+        ready = not self._gateway.why_not_ready()
+        return open_inference_pb2.ServerReadyResponse(ready=ready).SerializeToString(), ""
+
+    async def model_ready(self, message: bytes, _: float, __: str) -> tuple[bytes, str]:
+        """ModelReady."""
+        asked = open_inference.parse(open_inference_pb2.ModelReadyRequest, message)
+        version = open_inference.version_in(asked.name, asked.version)
+        versions = self._gateway.upstream.availability.versions
+        ready = not self._gateway.why_not_ready() and open_inference.is_ready(version, versions)
+        return open_inference_pb2.ModelReadyResponse(ready=ready).SerializeToString(), ""
+
+    async def server_metadata(self, message: bytes, _: float, __: str) -> tuple[bytes, str]:
+        """ServerMetadata."""
+        open_inference.parse(open_inference_pb2.ServerMetadataRequest, message)
+        answer = open_inference_pb2.ServerMetadataResponse(**open_inference.server_metadata())
+        return answer.SerializeToString(), ""
+
+    async def model_metadata(self, message: bytes, _: float, __: str) -> tuple[bytes, str]:
+        """ModelMetadata."""
+        asked = open_inference.parse(open_inference_pb2.ModelMetadataRequest, message)
+        version = open_inference.version_in(asked.name, asked.version)
+        versions = open_inference.available(version, self._gateway.upstream.availability.versions)
+        return open_inference.model_metadata_message(versions), ""
+
+    async def model_infer(self, message: bytes, deadline: float, _: str) -> tuple[bytes, str]:
+        """ModelInfer."""
+        asked, version = open_inference.read_message(message, self._max_images)
+        answers = await self._gateway.predictor.submit(asked.images_u8, asked.images, deadline, version)
+        return open_inference.dump_message(asked, answers), answers[0].model_version
 
 
 class RpcServer:
@@ -188,15 +303,37 @@ class RpcServer:
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             )
         )
-        service = DigitsService(gateway)
+        calls = Calls(gateway)
+        service = DigitsService(calls)
+        tensorflow = TensorFlowService(gateway)
+        inference = InferenceService(gateway)
         handlers = {
-            "Classify": grpc.unary_unary_rpc_method_handler(service.classify),
-            "ClassifyStream": grpc.stream_stream_rpc_method_handler(service.classify_stream),
+            SERVICE: {
+                "Classify": calls.unary("Classify", service.classify),
+                "ClassifyStream": grpc.stream_stream_rpc_method_handler(service.classify_stream),
+            },
+            PREDICTION_SERVICE: {
+                "Predict": calls.unary("Predict", tensorflow.predict),
+                "GetModelMetadata": calls.unary("GetModelMetadata", tensorflow.get_model_metadata),
+            },
+            INFERENCE_SERVICE: {
+                "ServerLive": calls.unary("ServerLive", inference.server_live),
+                "ServerReady": calls.unary("ServerReady", inference.server_ready),
+                "ModelReady": calls.unary("ModelReady", inference.model_ready),
+                "ServerMetadata": calls.unary("ServerMetadata", inference.server_metadata),
+                "ModelMetadata": calls.unary("ModelMetadata", inference.model_metadata),
+                "ModelInfer": calls.unary("ModelInfer", inference.model_infer),
+            },
+            MODEL_SERVICE: {"GetModelStatus": calls.unary("GetModelStatus", tensorflow.get_model_status)},
         }
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        self._server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(name, methods) for name, methods in handlers.items()]
+        )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection(
+            (SERVICE, INFERENCE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
         self.port: int = self._server.add_insecure_port(address)
         self._changes: set[asyncio.Task[None]] = set()
 
@@ -222,7 +359,7 @@ class RpcServer:
     async def _set_health(self, availability: Availability) -> None:
         status = health_pb2.HealthCheckResponse
         state = status.SERVING if availability.ready else status.NOT_SERVING
-        for name in ("", SERVICE):
+        for name in HEALTH_NAMES:
             await self._health.set(name, state)
 
 

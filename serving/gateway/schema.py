@@ -1,6 +1,7 @@
 """The REST API described: what each route takes and answers, and the OpenAPI document made from that."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +23,32 @@ class ClassifyAnswer(_Model):
     """Its probability."""
     probabilities: Annotated[list[float], Field(min_length=10, max_length=10)]
     """Of the digits 0 to 9; they sum to 1."""
+    model_version: str
+    """The version of the model that answered."""
+    request_id: str
+    """Also in the header ``x-request-id``."""
+
+
+class NumberDigit(_Model):
+    """One digit of a number."""
+
+    digit: Annotated[int, Field(ge=0, le=9)]
+    """The most probable digit."""
+    confidence: Annotated[float, Field(ge=0, le=1)]
+    """Its probability."""
+    probabilities: Annotated[list[float], Field(min_length=10, max_length=10)]
+    """Of the digits 0 to 9; they sum to 1."""
+    box: Annotated[list[int], Field(min_length=4, max_length=4)]
+    """Where it is: x, y, width and height in the picture's pixels, the picture upright."""
+
+
+class ReadAnswer(_Model):
+    """A number that was read."""
+
+    number: str
+    """Its digits, left to right; leading zeros are kept."""
+    digits: list[NumberDigit]
+    """Each of them, left to right."""
     model_version: str
     """The version of the model that answered."""
     request_id: str
@@ -68,6 +95,131 @@ class Readiness(_Model):
     """Why not, when not ready."""
 
 
+class VersionState(_Model):
+    """The last thing that went wrong with a version."""
+
+    error_code: str
+    error_message: str
+
+
+class VersionStatus(_Model):
+    """One version of the model."""
+
+    version: str
+    state: str
+    """START, LOADING, AVAILABLE, UNLOADING or END."""
+    status: VersionState
+
+
+class StatusAnswer(_Model):
+    """TensorFlow Serving's model status."""
+
+    model_version_status: list[VersionStatus]
+
+
+class ModelSpec(_Model):
+    """What was described."""
+
+    name: str
+    signature_name: str
+    version: str
+
+
+class MetadataAnswer(_Model):
+    """TensorFlow Serving's model metadata."""
+
+    model_spec: ModelSpec
+    metadata: dict[str, Any]
+    """``signature_def``: the signatures with their inputs and outputs."""
+
+
+class Prediction(_Model):
+    """One image's answer."""
+
+    probabilities: Annotated[list[float], Field(min_length=10, max_length=10)]
+    digit: Annotated[int, Field(ge=0, le=9)]
+
+
+class Columns(_Model):
+    """All images' answers, a list a tensor."""
+
+    probabilities: list[Annotated[list[float], Field(min_length=10, max_length=10)]]
+    digit: list[Annotated[int, Field(ge=0, le=9)]]
+
+
+class PredictAnswer(_Model):
+    """TensorFlow Serving's answer: ``predictions`` to ``instances``, ``outputs`` to ``inputs``."""
+
+    predictions: list[Prediction] | None = None
+    outputs: Columns | None = None
+
+
+class ServerMetadata(_Model):
+    """The open inference protocol's server metadata."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class Live(_Model):
+    """The process answers."""
+
+    live: bool
+
+
+class Ready(_Model):
+    """Whether inference requests can be answered now."""
+
+    ready: bool
+
+
+class ModelReady(_Model):
+    """Whether the model (and version) can answer now."""
+
+    name: str
+    ready: bool
+
+
+class TensorMetadata(_Model):
+    """A tensor: its shape has -1 for a size that varies."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(_Model):
+    """The open inference protocol's model metadata."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class OutputTensor(_Model):
+    """One output: ``probabilities`` FP32 [N, 10] or ``digit`` INT64 [N]."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: list[float] | list[int] | None = None
+    """Row by row. Absent when the values follow the JSON as bytes."""
+    parameters: dict[str, Any] | None = None
+
+
+class InferAnswer(_Model):
+    """The open inference protocol's answer."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    """As it was sent."""
+    outputs: list[OutputTensor]
+
+
 PICTURE_TYPES: Final = ("image/png", "image/jpeg", "image/gif", "image/bmp", "image/webp", "image/tiff")
 
 _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
@@ -89,6 +241,115 @@ CLASSIFY_BODY: Final[dict[str, Any]] = {
             }
         },
     },
+}
+
+_ROW: Final = {
+    "type": "array",
+    "minItems": 28,
+    "maxItems": 28,
+    "items": {"type": "integer", "minimum": 0, "maximum": 255},
+}
+_IMAGE: Final = {"type": "array", "minItems": 28, "maxItems": 28, "items": _ROW}
+_NAMED_IMAGE: Final = {"type": "object", "required": ["images"], "properties": {"images": _IMAGE}}
+_IMAGES: Final = {"type": "array", "minItems": 1, "items": _IMAGE}
+_SIGNATURE_NAME: Final = {"type": "string", "enum": ["", "serving_default"]}
+
+PREDICT_BODY: Final[dict[str, Any]] = {
+    "required": True,
+    "description": (
+        "Canonical images: 28 rows of 28 whole numbers, ink 255 on paper 0. As `instances`, one element an image, bare "
+        'or as `{"images": …}`; or as `inputs`, all in one list, bare or as `{"images": …}`.'
+    ),
+    "content": {
+        "application/json": {
+            "schema": {
+                "oneOf": [
+                    {
+                        "type": "object",
+                        "required": ["instances"],
+                        "properties": {
+                            "signature_name": _SIGNATURE_NAME,
+                            "instances": {
+                                "oneOf": [_IMAGES, {"type": "array", "minItems": 1, "items": _NAMED_IMAGE}],
+                            },
+                        },
+                    },
+                    {
+                        "type": "object",
+                        "required": ["inputs"],
+                        "properties": {
+                            "signature_name": _SIGNATURE_NAME,
+                            "inputs": {
+                                "oneOf": [
+                                    _IMAGES,
+                                    {"type": "object", "required": ["images"], "properties": {"images": _IMAGES}},
+                                ]
+                            },
+                        },
+                    },
+                ]
+            }
+        }
+    },
+}
+
+_PARAMETERS: Final = {"type": "object"}
+_INFER_REQUEST: Final[dict[str, Any]] = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {
+        "id": {"type": "string"},
+        "parameters": _PARAMETERS,
+        "inputs": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["name", "datatype", "shape"],
+                "properties": {
+                    "name": {"const": "images"},
+                    "datatype": {"const": "UINT8"},
+                    "shape": {
+                        "type": "array",
+                        "prefixItems": [{"type": "integer", "minimum": 1}, {"const": 28}, {"const": 28}],
+                        "minItems": 3,
+                        "maxItems": 3,
+                    },
+                    "data": {"description": "Pixels 0 to 255, flat or nested as the shape is.", "type": "array"},
+                    "parameters": _PARAMETERS,
+                },
+            },
+        },
+        "outputs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name"],
+                "properties": {"name": {"enum": ["probabilities", "digit"]}, "parameters": _PARAMETERS},
+            },
+        },
+    },
+}
+
+INFER_BODY: Final[dict[str, Any]] = {
+    "required": True,
+    "description": (
+        "Canonical images (ink 255 on paper 0) as the tensor `images` UINT8 [N, 28, 28]. With the header "
+        "`Inference-Header-Content-Length` the pixels may follow the JSON as bytes (binary tensor data extension)."
+    ),
+    "content": {
+        "application/json": {"schema": _INFER_REQUEST},
+        "application/octet-stream": _BINARY,
+    },
+}
+
+READ_BODY: Final[dict[str, Any]] = {
+    **CLASSIFY_BODY,
+    "description": (
+        "A picture of one number on one line, of any size and polarity, as the body or as the multipart field `image`. "
+        "Digits may touch; the more they overlap, the more often one is missed."
+    ),
 }
 
 ERROR_TEXTS: Final = {
@@ -145,12 +406,97 @@ class Route:
         self.listed = listed
 
 
+def _tensorflow_routes() -> Iterator[Route]:
+    model = "/v1/models/digits"
+    for version in ("", "/versions/{version}", "/labels/{label}"):
+        of = f" of {version.strip('/').replace('/', ' ').replace('s ', ' ')}" if version else ""
+        yield Route(
+            "POST",
+            f"{model}{version}:predict",
+            "tensorflow_predict",
+            f"TensorFlow Serving: read images{of}",
+            PredictAnswer,
+            errors=(400, 404, 408, 413, 415, 429, 503, 504),
+            body=PREDICT_BODY,
+            error_model=PassedThroughError,
+        )
+        yield Route(
+            "GET",
+            f"{model}{version}",
+            "tensorflow_status",
+            f"TensorFlow Serving: state{of}",
+            StatusAnswer,
+            errors=(400, 404, 429, 503, 504),
+            error_model=PassedThroughError,
+        )
+        yield Route(
+            "GET",
+            f"{model}{version}/metadata",
+            "tensorflow_metadata",
+            f"TensorFlow Serving: signatures{of}",
+            MetadataAnswer,
+            errors=(400, 404, 429, 503, 504),
+            error_model=PassedThroughError,
+        )
+    for method in ("GET", "POST"):
+        yield Route(
+            method,
+            "/v1/{rest}",
+            "tensorflow_unknown",
+            "",
+            "application/json",
+            errors=(400, 404, 501),
+            listed=False,
+            error_model=PassedThroughError,
+        )
+
+
+def _inference_routes() -> Iterator[Route]:
+    def get(path: str, handler: str, summary: str, answer: type[_Model], *errors: int) -> Route:
+        summary = f"Open inference protocol: {summary}"
+        return Route("GET", path, handler, summary, answer, errors=errors, error_model=PassedThroughError)
+
+    yield get("/v2", "inference_server", "the server", ServerMetadata)
+    yield get("/v2/health/live", "inference_live", "is the process alive?", Live)
+    yield get("/v2/health/ready", "inference_ready", "can images be read now?", Ready, 503)
+    for version in ("", "/versions/{version}"):
+        path = f"/v2/models/digits{version}"
+        of = "version {version} of the model" if version else "the model"
+        missing = (404,) if version else ()
+        yield get(path, "inference_model", of, ModelMetadata, *missing)
+        yield get(f"{path}/ready", "inference_model_ready", f"can {of} answer now?", ModelReady, *missing, 503)
+        yield Route(
+            "POST",
+            f"{path}/infer",
+            "inference_infer",
+            f"Open inference protocol: read images with {of}",
+            InferAnswer,
+            errors=(400, 404, 408, 413, 415, 429, 503, 504),
+            body=INFER_BODY,
+            error_model=PassedThroughError,
+        )
+    for method in ("GET", "POST"):
+        yield Route(
+            method,
+            "/v2/{rest}",
+            "inference_unknown",
+            "",
+            "application/json",
+            errors=(404,),
+            error_model=PassedThroughError,
+            listed=False,
+        )
+
+
 ROUTES: Final = (
     Route(
         "POST", "/classify", "classify", "Read one digit", ClassifyAnswer,
         errors=(400, 408, 413, 415, 429, 503, 504), body=CLASSIFY_BODY,
     ),
-    Route("POST", "/read", "unimplemented", "Read a whole number (not offered yet)", ErrorAnswer, errors=(501,)),
+    Route(
+        "POST", "/read", "read", "Read a whole number", ReadAnswer,
+        errors=(400, 408, 413, 415, 429, 503, 504), body=READ_BODY,
+    ),
     Route("GET", "/healthz", "healthz", "Is the process alive?", Health),
     Route("GET", "/readyz", "readyz", "Can digits be read now?", Readiness, errors=(503,)),
     Route("GET", "/metrics", "metrics", "Metrics for Prometheus", "text/plain"),
@@ -160,16 +506,8 @@ ROUTES: Final = (
     Route("GET", "/", "page", "The drawing page", "text/html", errors=(404,)),
     Route("GET", "/static/{rest}", "static", "What the drawing page is made of", "application/octet-stream",
           errors=(404,), listed=False),
-    Route("GET", "/v1/models/digits", "unimplemented", "TensorFlow Serving's API (not offered yet)",
-          PassedThroughError, errors=(501,), error_model=PassedThroughError),
-    Route("GET", "/v1/models/{rest}", "unimplemented", "", "application/json", errors=(501,),
-          error_model=PassedThroughError, listed=False),
-    Route("POST", "/v1/models/{rest}", "unimplemented", "", "application/json", errors=(501,),
-          error_model=PassedThroughError, listed=False),
-    Route("GET", "/v2/{rest}", "unimplemented", "", "application/json", errors=(501,),
-          error_model=PassedThroughError, listed=False),
-    Route("POST", "/v2/{rest}", "unimplemented", "", "application/json", errors=(501,),
-          error_model=PassedThroughError, listed=False),
+    *_tensorflow_routes(),
+    *_inference_routes(),
 )  # fmt: skip
 
 
@@ -205,19 +543,23 @@ def _operation(route: Route) -> dict[str, Any]:
         responses["200"] = {"description": "OK", "content": _content(route.answer), "headers": _REQUEST_ID}
     for status in (*route.errors, 500):
         model: type[_Model] = route.error_model
-        if (route.path, status) == ("/readyz", 503):
-            model = Readiness
+        if status == 503 and isinstance(route.answer, type) and "ready" in route.answer.model_fields:
+            model = route.answer
         headers = dict(_REQUEST_ID)
         if status == 429:
             headers["retry-after"] = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
         responses[str(status)] = {"description": ERROR_TEXTS[status], "content": _content(model), "headers": headers}
     operation: dict[str, Any] = {
-        "operationId": f"{route.method.lower()}{route.path.replace('/', '_').rstrip('_')}",
+        "operationId": route.method.lower() + re.sub(r"\W+", "_", route.path).rstrip("_"),
         "summary": route.summary,
         "responses": responses,
     }
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", route.path)
+    ]
     if route.method == "POST":
-        operation["parameters"] = [
+        parameters.append(
             {
                 "name": "x-request-id",
                 "in": "header",
@@ -225,7 +567,9 @@ def _operation(route: Route) -> dict[str, Any]:
                 "description": "Used as the request's id if it is sane, else replaced.",
                 "schema": {"type": "string", "maxLength": 128},
             }
-        ]
+        )
+    if parameters:
+        operation["parameters"] = parameters
     if route.body:
         operation["requestBody"] = route.body
     return operation

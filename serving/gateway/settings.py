@@ -56,6 +56,12 @@ class Settings(BaseSettings):
     max_queue_images: Annotated[int, Field(ge=1)] = 1024
     """Most images that may wait for their turn. Beyond that requests are refused: 429, RESOURCE_EXHAUSTED."""
 
+    max_request_images: Annotated[int, Field(ge=1, le=65536)] = 4096
+    """Most images in one request of TensorFlow Serving's or the open inference protocol."""
+
+    max_passed_calls: Annotated[int, Field(ge=1)] = 32
+    """Most gRPC calls of TensorFlow Serving's API passed on at once; more are refused: RESOURCE_EXHAUSTED."""
+
     max_body_bytes: Annotated[int, Field(ge=1024)] = 10 * 1024 * 1024
     """Largest request body or gRPC message."""
 

@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from digits import contract
-from digits.errors import BadImage, ModelUnavailable, Overloaded, UpstreamTimeout
+from digits.errors import BadImage, BadRequest, DigitsError, ModelUnavailable, NotFound, Overloaded, UpstreamTimeout
 from serving.gateway.metrics import Metrics
 from serving.protos import upstream_pb2 as pb
 
 PREDICT: Final = "/tensorflow.serving.PredictionService/Predict"
+GET_MODEL_METADATA: Final = "/tensorflow.serving.PredictionService/GetModelMetadata"
 GET_MODEL_STATUS: Final = "/tensorflow.serving.ModelService/GetModelStatus"
 
 MESSAGE_LIMIT: Final = 64 * 1024 * 1024
@@ -44,6 +45,16 @@ _CHANNEL_OPTIONS: Final = (
 )
 
 
+class Version(NamedTuple):
+    """Which version of the model is asked: a number, or what a label names; without either the latest."""
+
+    number: int | None = None
+    label: str = ""
+
+
+LATEST: Final = Version()
+
+
 class Predictions(NamedTuple):
     """What the model said about N images."""
 
@@ -58,6 +69,25 @@ class Availability:
     ready: bool
     reason: str
     versions: tuple[str, ...] = ()
+
+
+class PassedOn(DigitsError):
+    """The model server refused a request that was passed on to it. ``status`` is its code; its words stay here."""
+
+    code = "upstream"
+
+    def __init__(self, status: grpc.StatusCode, path: str, version: Version) -> None:
+        super().__init__(_passed_on_text(status, path, version))
+        self.status = status
+
+
+_PASSED_ON_TEXTS: Final = {
+    grpc.StatusCode.INVALID_ARGUMENT: "the model server does not accept this request",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "the model server has more work than it can do in time; try again shortly",
+    grpc.StatusCode.UNAVAILABLE: "no model is being served at the moment; try again shortly",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "the model server did not answer before the deadline",
+    grpc.StatusCode.UNIMPLEMENTED: "the model server does not offer this",
+}
 
 
 class BadAnswer(Exception):
@@ -80,7 +110,8 @@ class Upstream:
         self._poll_s = poll_s
         self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
         # Bytes both ways: requests and answers are (de)serialised here, where their errors are understood.
-        self._predict = self._channel.unary_unary(PREDICT)
+        self._methods = {path: self._channel.unary_unary(path) for path in (PREDICT, GET_MODEL_METADATA)}
+        self._methods[GET_MODEL_STATUS] = self._channel.unary_unary(GET_MODEL_STATUS)
         self._status = self._channel.unary_unary(
             GET_MODEL_STATUS,
             request_serializer=pb.GetModelStatusRequest.SerializeToString,
@@ -89,35 +120,63 @@ class Upstream:
         self._listeners: list[Callable[[Availability], Any]] = []
         self._watcher: asyncio.Task[None] | None = None
 
-    async def predict(self, images_u8: bytes, count: int, deadline: float) -> Predictions:
+    async def predict(self, images_u8: bytes, count: int, deadline: float, version: Version = LATEST) -> Predictions:
         """Ask the model about ``count`` images.
 
         Args:
             images_u8: ``count * 784`` bytes, canonical images one after another.
             count: How many.
             deadline: ``time.monotonic()`` seconds after which the answer is of no use.
+            version: Which version is to answer.
 
         Raises:
+            NotFound: The version that was asked for is not there.
             ModelUnavailable, UpstreamTimeout, Overloaded, BadImage: As the server said.
             BadAnswer: The answer is not N finite rows of ten probabilities.
         """
-        request = _predict_request(images_u8, count)
+        request = _predict_request(images_u8, count, version)
+        try:
+            data = await self._call(PREDICT, request, deadline)
+        except grpc.aio.AioRpcError as err:
+            raise _error(err, self._target, version) from err
+        return _predictions(data, count)
+
+    async def pass_on(self, path: str, request: bytes, version: Version, deadline: float) -> bytes:
+        """Send a serialised request as it is and return the serialised answer.
+
+        Args:
+            path: ``PREDICT``, ``GET_MODEL_METADATA`` or ``GET_MODEL_STATUS``.
+            request: The message's bytes.
+            version: What version they ask for, for the errors.
+            deadline: ``time.monotonic()`` seconds.
+
+        Raises:
+            PassedOn: The server refused; it keeps the server's code.
+            UpstreamTimeout: The deadline has passed already.
+        """
+        try:
+            return await self._call(path, request, deadline)
+        except grpc.aio.AioRpcError as err:
+            raise PassedOn(err.code(), path, version) from err
+
+    async def _call(self, path: str, request: bytes, deadline: float) -> bytes:
+        """One call, sent again when no server was found. Nothing that is called here changes anything there."""
         for attempt in range(1, ATTEMPTS + 1):
             started = time.monotonic()
             if started >= deadline:
                 break
             try:
-                data = await self._predict(request, timeout=deadline - started)
+                data: bytes = await self._methods[path](request, timeout=deadline - started)
             except grpc.aio.AioRpcError as err:
                 code = err.code()
                 self._metrics.upstream_call(code.name, time.monotonic() - started)
                 pause_s = random.uniform(0.01, 0.05) * attempt  # noqa: S311 - jitter, not a secret
                 if code is not grpc.StatusCode.UNAVAILABLE or attempt == ATTEMPTS or started + pause_s >= deadline:
-                    raise _error(err, self._target) from err
+                    raise
                 await asyncio.sleep(pause_s)
             else:
                 self._metrics.upstream_call("OK", time.monotonic() - started)
-                return _predictions(data, count)
+                return data
         raise UpstreamTimeout("the model did not answer before the deadline; try again, or allow more time")
 
     def on_change(self, listener: Callable[[Availability], Any]) -> None:
@@ -166,10 +225,14 @@ class Upstream:
             listener(found)
 
 
-def _predict_request(images_u8: bytes, count: int) -> bytes:
+def _predict_request(images_u8: bytes, count: int, version: Version) -> bytes:
     request = pb.PredictRequest(output_filter=(contract.OUTPUT_PROBABILITIES,))
     request.model_spec.name = contract.MODEL_NAME
     request.model_spec.signature_name = contract.SIGNATURE
+    if version.number is not None:
+        request.model_spec.version.value = version.number
+    elif version.label:
+        request.model_spec.version_label = version.label
     tensor = request.inputs[contract.INPUT_IMAGES]
     tensor.dtype = pb.DT_UINT8
     for size in (count, contract.IMAGE_HEIGHT, contract.IMAGE_WIDTH):
@@ -219,13 +282,38 @@ def _availability(answer: pb.GetModelStatusResponse) -> Availability:
     )
 
 
-def _error(err: grpc.aio.AioRpcError, target: str) -> Exception:
+def no_servable(name: str, version: Version, path: str = PREDICT) -> str:
+    """What TensorFlow Serving says of a model or version that is not there: clients match on it."""
+    if path == GET_MODEL_STATUS:
+        missing = "any versions" if version.number is None else f"version {version.number}"
+        return f"Could not find {missing} of model {name}"
+    wanted = f"Latest({name})" if version.number is None else f"Specific({name}, {version.number})"
+    return f"Servable not found for request: {wanted}"
+
+
+def _no_label(label: str) -> str:
+    return f"Unrecognized servable version label: {label[:64]}"
+
+
+def _passed_on_text(status: grpc.StatusCode, path: str, version: Version) -> str:
+    if status is grpc.StatusCode.NOT_FOUND:
+        return no_servable(contract.MODEL_NAME, version, path)
+    if status is grpc.StatusCode.INVALID_ARGUMENT and version.label:
+        return _no_label(version.label)
+    return _PASSED_ON_TEXTS.get(status, "the model server could not answer this request")
+
+
+def _error(err: grpc.aio.AioRpcError, target: str, version: Version) -> Exception:
     """What an upstream failure means to a client. The upstream's own words stay in the chained cause."""
     code = err.code()
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UpstreamTimeout("the model did not answer before the deadline; try again, or allow more time")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Overloaded("the model server has more work than it can do in time; try again shortly")
+    if version.number is not None and code is grpc.StatusCode.NOT_FOUND:
+        return NotFound(no_servable(contract.MODEL_NAME, version))
+    if version.label and code is grpc.StatusCode.INVALID_ARGUMENT:
+        return BadRequest(_no_label(version.label))
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return BadImage("the model does not accept these images")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION):

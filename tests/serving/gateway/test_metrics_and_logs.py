@@ -110,7 +110,7 @@ def test_a_request_is_one_line_with_its_facts(here: Here) -> None:
     """JSON, one object; the level tells whose fault it was."""
     here.classify(bytes(784), **{"x-request-id": "one"})
     here.classify(b"hello", **{"x-request-id": "two"})
-    here.http.post("/read", headers={"x-request-id": "three"})
+    here.http.post("/v1/models/digits:classify", headers={"x-request-id": "three"})
 
     def mine() -> list[dict[str, Any]]:
         return [line for line in here.log_lines() if line["route"] != "/readyz"]

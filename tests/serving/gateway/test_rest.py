@@ -282,18 +282,13 @@ def test_too_many_pictures_to_decode_are_refused(start: Callable[..., Here]) -> 
     eventually(lambda: here.metric("digits_decodes_in_flight") == 0)
 
 
-def test_unknown_routes_wrong_methods_and_routes_to_come(here: Here) -> None:
-    """404, 405 with Allow, 501; the last in the words of the protocol it belongs to."""
+def test_unknown_routes_and_wrong_methods(here: Here) -> None:
+    """404, 405 with Allow."""
     check_error(here.http.get("/nothing"), 404, "not_found")
     answer = here.http.get("/classify")
     check_error(answer, 405, "method_not_allowed")
     assert answer.headers["allow"] == "POST"
     assert here.http.delete("/healthz").headers["allow"] == "GET, HEAD"
-    check_error(here.http.post("/read", content=b""), 501, "unimplemented")
-    for answer in (here.http.get("/v1/models/digits"), here.http.post("/v2/models/digits/infer", content=b"{}")):
-        assert answer.status_code == 501
-        assert list(answer.json()) == ["error"]
-        assert isinstance(answer.json()["error"], str)
 
 
 def test_a_defect_is_an_internal_error_and_its_text_is_for_the_log(start: Callable[..., Here]) -> None:

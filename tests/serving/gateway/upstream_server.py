@@ -32,6 +32,7 @@ class Behaviour:
     state: int = pb.ModelVersionStatus.AVAILABLE
     abort: tuple[grpc.StatusCode, str] | None = None
     as_content: bool = False
+    broken_version: int = 0  # the status tells of one more, which failed to load
     spoil: Any = None  # (PredictResponse) -> bytes
     hold: asyncio.Event | None = None  # calls wait for it
     batches: list[int] = field(default_factory=list)
@@ -48,6 +49,7 @@ class TestUpstream:
     def __init__(self) -> None:
         self.behaviour = Behaviour()
         self.port = 0
+        self.last_request = pb.PredictRequest()
         self._server: Any = None
 
     @property
@@ -59,12 +61,17 @@ class TestUpstream:
         predict = grpc.unary_unary_rpc_method_handler(
             self._predict, pb.PredictRequest.FromString, lambda answer: answer
         )
+        metadata = grpc.unary_unary_rpc_method_handler(
+            self._metadata, pb.GetModelMetadataRequest.FromString, pb.GetModelMetadataResponse.SerializeToString
+        )
         status = grpc.unary_unary_rpc_method_handler(
             self._status, pb.GetModelStatusRequest.FromString, pb.GetModelStatusResponse.SerializeToString
         )
         self._server.add_generic_rpc_handlers(
             (
-                grpc.method_handlers_generic_handler("tensorflow.serving.PredictionService", {"Predict": predict}),
+                grpc.method_handlers_generic_handler(
+                    "tensorflow.serving.PredictionService", {"Predict": predict, "GetModelMetadata": metadata}
+                ),
                 grpc.method_handlers_generic_handler("tensorflow.serving.ModelService", {"GetModelStatus": status}),
             )
         )
@@ -83,7 +90,9 @@ class TestUpstream:
         shape = [dim.size for dim in tensor.tensor_shape.dim]
         assert tensor.dtype == pb.DT_UINT8
         assert shape[1:] == [28, 28]
+        self.last_request = request
         images_u8 = np.frombuffer(tensor.tensor_content, np.uint8).reshape(shape[0], 784)
+        await self._check_version(request.model_spec, context)
         behaviour.batches.append(shape[0])
         behaviour.first_pixels += images_u8[:, 0].tolist()
         behaviour.under_way += 1
@@ -114,9 +123,36 @@ class TestUpstream:
     async def _status(self, request: pb.GetModelStatusRequest, context: Any) -> pb.GetModelStatusResponse:
         if request.model_spec.name != "digits":
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
+        await self._check_version(request.model_spec, context)
         answer = pb.GetModelStatusResponse()
         answer.model_version_status.add(version=self.behaviour.version, state=self.behaviour.state)
+        if self.behaviour.broken_version:
+            broken = answer.model_version_status.add(version=self.behaviour.broken_version, state=50)
+            broken.status.error_code = 13
+            broken.status.error_message = "/secret/path is damaged"
         return answer
+
+    async def _metadata(self, request: pb.GetModelMetadataRequest, context: Any) -> pb.GetModelMetadataResponse:
+        await self._check_version(request.model_spec, context)
+        answer = pb.GetModelMetadataResponse()
+        answer.model_spec.name = "digits"
+        answer.model_spec.version.value = self.behaviour.version
+        signatures = pb.SignatureDefMap()
+        signature = signatures.signature_def["serving_default"]
+        signature.method_name = "tensorflow/serving/predict"
+        images = signature.inputs["images"]
+        images.name, images.dtype = "serving_default_images:0", pb.DT_UINT8
+        for size in (-1, 28, 28):
+            images.tensor_shape.dim.add(size=size)
+        answer.metadata["signature_def"].type_url = "type.googleapis.com/tensorflow.serving.SignatureDefMap"
+        answer.metadata["signature_def"].value = signatures.SerializeToString()
+        return answer
+
+    async def _check_version(self, spec: pb.ModelSpec, context: Any) -> None:
+        if spec.HasField("version") and spec.version.value != self.behaviour.version:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "secret: no such version")
+        if spec.version_label not in ("", "stable"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "secret: no such label")
 
 
 async def _main(port: int, delay_s: float) -> None:
