@@ -29,6 +29,10 @@ check: env ## lint, format, types, import rules
 test: env ## everything that must pass
 	@python -m pytest -n 2 --dist loadgroup $(ARGS)
 
+.PHONY: stack-test
+stack-test: env ## the container stack end to end; needs Docker
+	@python -m pytest --stack tests/stack/test_compose.py $(ARGS)
+
 .PHONY: bench
 bench: env ## side-by-side benchmarks
 	@python -m benchmarks $(ARGS)

@@ -190,7 +190,7 @@ def _lineage(
         "previous_version": newest.number if newest else None,
         "published_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model_sha256": candidate.model_sha256,
-        "git": _git_state(settings.project),
+        "git": _git_state(settings),
         "data_md5": versioning.data_hash(settings),
         "params_sha256": digest_of(params),
         "params": read_yaml(params),
@@ -205,16 +205,22 @@ def _lineage(
     }
 
 
-def _git_state(project: Path) -> dict[str, Any]:
+def _git_state(settings: Settings) -> dict[str, Any]:
     """The commit, and which files differ from it. ``dvc.lock`` is left out: every training changes it."""
 
     def git(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=project, capture_output=True, text=True, check=False)
+        if shutil.which("git") is None:
+            return None
+        done = subprocess.run(["git", *words], cwd=settings.project, capture_output=True, text=True, check=False)
         return done.stdout if done.returncode == 0 else None
 
     commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
     changed = [line[3:] for line in (status or "").splitlines() if line[3:] != "dvc.lock"]
-    return {"commit": commit.strip() if commit else None, "dirty": bool(changed), "changed_files": changed[:50]}
+    return {
+        "commit": commit.strip() if commit else settings.revision,
+        "dirty": bool(changed),
+        "changed_files": changed[:50],
+    }
 
 
 def _stage_hashes(lock_file: Path) -> dict[str, Any]:

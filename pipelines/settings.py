@@ -23,6 +23,9 @@ class Settings(BaseSettings):
     models_dir: Path = Path("models")
     """Published versions go to ``<models_dir>/digits/<n>/``. A relative path starts at the project."""
 
+    revision: str | None = None
+    """The commit that the code is of, for the lineage, where there is no git to ask: in a container image."""
+
     host: str = "127.0.0.1"
     """Address the gateway listens on in ``pipelines run``."""
 

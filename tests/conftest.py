@@ -20,6 +20,7 @@ OUTPUT = ROOT / "test-output"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--stack", action="store_true", help="also run the container stack; needs Docker")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,0 +1,84 @@
+"""What runs in the pipeline's container.
+
+``pipeline.py serve`` releases if nothing is published yet, then releases on the schedule of DIGITS_CRON.
+``pipeline.py is-published`` is the container's health: exit code 0 when a version is published.
+``pipeline.py release``, or any other command, is that of ``python -m pipelines``.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+CODE = Path("/app")
+PROJECT = Path("/project")
+CHAMPION = PROJECT / "models" / "champion" / "champion.json"
+DEFAULT_CRON = "0 3 * * *"
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the command says; the exit code."""
+    if arguments == ["is-published"]:
+        if not CHAMPION.is_file():
+            sys.stderr.write("no version is published yet\n")
+            return 1
+        return 0
+    try:
+        bring_code()
+    except OSError as err:
+        sys.stderr.write(
+            f"error: cannot write {err.filename} ({err.strerror}); the volume at {PROJECT} must be writable for user "
+            f"{os.getuid()}\n"
+        )
+        return 1
+    os.chdir(PROJECT)
+    if arguments == ["serve"]:
+        if not CHAMPION.is_file() and (code := first_release()):
+            return code
+        arguments = ["schedule", "--cron", os.environ.get("DIGITS_CRON") or DEFAULT_CRON]
+    return become([sys.executable, "-m", "pipelines", *arguments])
+
+
+def become(command: list[str]) -> NoReturn:
+    """Run the command in place of this process, so that signals reach it."""
+    os.execv(command[0], command)  # noqa: S606  # no shell is meant
+
+
+def bring_code() -> None:
+    """Make the workspace's code that of the image. What was made in the workspace stays; so does an equal file."""
+    for package in ("digits", "training", "pipelines"):
+        wanted = {path.relative_to(CODE) for path in (CODE / package).rglob("*")}
+        for path in sorted((PROJECT / package).rglob("*.py")):
+            if path.relative_to(PROJECT) not in wanted:
+                path.unlink()
+    for source in sorted(CODE.rglob("*")):
+        target = PROJECT / source.relative_to(CODE)
+        if source.is_dir():
+            target.mkdir(parents=True, exist_ok=True)
+        elif not target.is_file() or target.read_bytes() != source.read_bytes():
+            part = target.with_name(f".{target.name}.part")
+            shutil.copyfile(source, part)
+            part.replace(target)
+
+
+def first_release() -> int:
+    """`python -m pipelines release` to its end; 0 when a version is published. Stops when told to."""
+    process = subprocess.Popen([sys.executable, "-m", "pipelines", "release"], stdin=subprocess.DEVNULL)
+
+    def pass_on(signum: int, _frame: FrameType | None) -> None:
+        process.send_signal(signum)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, pass_on)
+    code = process.wait()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_DFL)
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
