@@ -23,7 +23,7 @@ run: env ## everything: data, training, publishing, serving, on http://localhost
 
 .PHONY: check
 check: env ## lint, format, types, import rules
-	@ruff check . && ruff format --check . && mypy && lint-imports --no-cache
+	@ruff check . && ruff format --check . && mypy && lint-imports --no-cache && hadolint docker/*.Dockerfile
 
 .PHONY: test
 test: env ## everything that must pass
