@@ -71,7 +71,7 @@ def run(settings: Settings, *, skip_release: bool = False) -> int:
         _stoppable(),
         _Servers(settings, console) as servers,
     ):
-        if not skip_release and not _bring_up_to_date(settings, console):
+        if not skip_release and not _bring_up_to_date(settings, console, servers):
             return 1
         if newest_version(settings.versions_dir) is None:
             raise CannotRun("nothing is published yet, so there is nothing to serve. Run: python -m pipelines release")
@@ -144,7 +144,7 @@ def why_not_up_to_date(settings: Settings) -> str | None:
     return None
 
 
-def _bring_up_to_date(settings: Settings, console: Console) -> bool:
+def _bring_up_to_date(settings: Settings, console: Console, servers: "_Servers") -> bool:
     """Release if anything changed. False when that failed; it has said why."""
     with console.status("looking whether anything changed"):
         reason = why_not_up_to_date(settings)
@@ -153,7 +153,7 @@ def _bring_up_to_date(settings: Settings, console: Console) -> bool:
         console.print("up to date" if verdict.approved else f"the last candidate was rejected: {verdict.reason}")
     else:
         console.print(f"release: {reason}")
-        code = _run_to_its_end([sys.executable, "-m", "pipelines", "release"], settings.project)
+        code = _run_to_its_end([sys.executable, "-m", "pipelines", "release"], settings.project, servers)
         if code not in (0, EXIT_REJECTED):
             if newest := newest_version(settings.versions_dir):
                 console.print(f"to serve version {newest.number} as it is: python -m pipelines run --skip-release")
@@ -164,10 +164,14 @@ def _bring_up_to_date(settings: Settings, console: Console) -> bool:
     return True
 
 
-def _run_to_its_end(command: list[str], cwd: Path) -> int:
+def _run_to_its_end(command: list[str], cwd: Path, servers: "_Servers") -> int:
+    """The exit code of a command; it is stopped when there will be no server to serve what it makes."""
     process = subprocess.Popen(leashed(command), cwd=cwd, stdin=subprocess.DEVNULL)
     try:
-        return process.wait()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(0.5)
+            servers.require_alive()
     finally:
         if process.poll() is None:
             process.terminate()
@@ -221,7 +225,7 @@ class _Servers:
         reason: str | None = None
         with self._console.status("waiting for the model to be loaded"):
             while time.monotonic() < deadline:
-                self._require_alive()
+                self.require_alive()
                 reason = why_not_ready(settings)
                 if reason is None:
                     return
@@ -233,10 +237,11 @@ class _Servers:
     def watch(self) -> NoReturn:
         """Stay until told to stop. Raises ``CannotRun`` when a server cannot be kept running."""
         while True:
-            self._require_alive()
+            self.require_alive()
             time.sleep(0.5)
 
-    def _require_alive(self) -> None:
+    def require_alive(self) -> None:
+        """Raise ``CannotRun`` when a server cannot be kept running."""
         if self._failed.is_set():
             raise CannotRun(f"a server stopped again and again. {self._log_hint()}")
         if self._process.poll() is not None:

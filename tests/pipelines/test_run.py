@@ -162,6 +162,20 @@ def test_server_that_never_starts_ends_it_with_the_servers_last_words(served: Pa
         assert not any("Traceback" in line for line in stack.said)
 
 
+def test_server_that_never_starts_stops_the_release_too(served: Path) -> None:
+    """One need not wait for the training to hear of it, and nothing of the release goes on."""
+    (served / "serving" / "gateway" / "__main__.py").write_text(
+        "import sys; sys.exit('error: no such file: page.html')"
+    )
+    (served / "weights.txt").write_text("slow")  # for ten minutes
+    with running(served) as stack:
+        stack.wait_for("release: changed: evaluate")
+        assert stack.process.wait(60) == 1
+        stack.wait_for("error: a server stopped again and again", 5)
+        left = [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(served)]
+        assert psutil.wait_procs(left, timeout=10)[1] == []
+
+
 def test_port_in_use_is_named_with_its_owner(served: Path) -> None:
     """Which port, whose it is, and the setting that changes it; exit code 1."""
     with socket.socket() as other:
