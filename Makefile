@@ -27,7 +27,7 @@ check: env ## lint, format, types, import rules
 
 .PHONY: test
 test: env ## everything that must pass
-	@python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 .PHONY: stack-test
 stack-test: env ## the container stack end to end; needs Docker

@@ -1,7 +1,4 @@
-"""What all tests share: the real data, the workspace they run in, and a plan for two workers.
-
-Tests of one file stay on one worker, and all of tests/stack on one, since they share a running stack.
-"""
+"""What all tests share: the real data, the workspace they run in, and a plan for two workers."""
 
 import contextlib
 import os
@@ -13,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "test-output"
@@ -23,17 +21,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--stack", action="store_true", help="also run the container stack; needs Docker")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+class OneStack(LoadScopeScheduling):
+    """Tests of one file stay on one worker, and all of tests/stack on one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "stack" if file.startswith("tests/stack/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OneStack:
+    return OneStack(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    stack = []
-    others = []
+    # The longest group first, so that the other worker fills the time beside it.
+    items.sort(key=lambda item: (ROOT / "tests" / "stack") in item.path.parents, reverse=True)
     for item in items:
-        in_stack = (ROOT / "tests" / "stack") in item.path.parents
-        item.add_marker(pytest.mark.xdist_group("stack" if in_stack else str(item.path)))
-        (stack if in_stack else others).append(item)
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
-    items[:] = stack + others  # the longest group first, so that the other worker fills the time beside it
 
 
 @pytest.fixture(scope="session")
