@@ -15,10 +15,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
 
 from digits.errors import DigitsError
 from pipelines.processes import leashed, stop_session
 from pipelines.settings import Settings
+
+_CODE: Final = Path(__file__).resolve().parent.parent
 
 
 class PrefectUnavailable(DigitsError):
@@ -62,6 +66,8 @@ def server(settings: Settings, *, with_services: bool = False) -> Iterator[None]
             cwd=settings.project,
             env={
                 **os.environ,
+                # The project may be another folder than the one this code lies in.
+                "PYTHONPATH": os.pathsep.join(filter(None, (str(_CODE), os.environ.get("PYTHONPATH")))),
                 "PREFECT_UI_API_URL": url,
                 "PREFECT_UI_STATIC_DIRECTORY": str(settings.project / ".prefect" / "ui"),
             },
