@@ -29,7 +29,7 @@ class Gateway:
         self.log = logs.log
         self.draining = False
         self.metrics = Metrics()
-        self.upstream = Upstream(settings.upstream, self.metrics, settings.status_poll_s)
+        self.upstream = Upstream(settings.upstream, self.metrics, settings.status_poll_s, settings.model_label)
         self.pictures = Pictures(self.metrics, settings.decode_threads, settings.max_waiting_decodes)
         self.predictor = Predictor(
             self.upstream.predict,

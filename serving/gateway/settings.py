@@ -44,6 +44,10 @@ class Settings(BaseSettings):
     upstream: Annotated[str, AfterValidator(_address)] = "127.0.0.1:8500"
     """The model server's gRPC address: ``host:port``, or ``dns:///name:port`` to spread calls over several."""
 
+    model_label: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")] = ""
+    """Label of the model version that answers requests which name none, such as ``stable``; empty for the newest
+    version. While the model server does not know the label, the newest answers."""
+
     timeout_s: Positive = 5.0
     """How long a REST request, or a gRPC call that brings no deadline, may wait for the model."""
 

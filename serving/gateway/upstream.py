@@ -54,6 +54,11 @@ class Version(NamedTuple):
 
 LATEST: Final = Version()
 
+_LABEL_UNKNOWN: Final = frozenset(
+    {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION}
+)
+"""What a server answers to a label that it does not know, or whose version is not loaded."""
+
 
 class Predictions(NamedTuple):
     """What the model said about N images."""
@@ -101,13 +106,18 @@ class Upstream:
         target: gRPC target of the model server.
         metrics: Where calls, their times and their errors are counted.
         poll_s: Seconds between two looks at the model's status.
+        label: Label of the version that answers requests which name none; empty for the newest.
     """
 
-    def __init__(self, target: str, metrics: Metrics, poll_s: float = 0.5) -> None:
+    def __init__(self, target: str, metrics: Metrics, poll_s: float = 0.5, label: str = "") -> None:
         self.availability = Availability(False, f"the model server at {target} has not been asked yet")
         self._target = target
         self._metrics = metrics
         self._poll_s = poll_s
+        self._label = label
+        self._use_label = bool(label)
+        # Appended to a request it adds the label to the model_spec there: protobuf merges a field that comes twice.
+        self._label_field = pb.PredictRequest(model_spec=pb.ModelSpec(version_label=label)).SerializeToString()
         self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
         # Bytes both ways: requests and answers are (de)serialised here, where their errors are understood.
         self._methods = {path: self._channel.unary_unary(path) for path in (PREDICT, GET_MODEL_METADATA)}
@@ -136,13 +146,13 @@ class Upstream:
         """
         request = _predict_request(images_u8, count, version)
         try:
-            data = await self._call(PREDICT, request, deadline)
+            data = await self._ask(PREDICT, request, version, deadline)
         except grpc.aio.AioRpcError as err:
             raise _error(err, self._target, version) from err
         return _predictions(data, count)
 
     async def pass_on(self, path: str, request: bytes, version: Version, deadline: float) -> bytes:
-        """Send a serialised request as it is and return the serialised answer.
+        """Send a serialised request as it is, plus the label if it names no version; return the serialised answer.
 
         Args:
             path: ``PREDICT``, ``GET_MODEL_METADATA`` or ``GET_MODEL_STATUS``.
@@ -155,9 +165,22 @@ class Upstream:
             UpstreamTimeout: The deadline has passed already.
         """
         try:
-            return await self._call(path, request, deadline)
+            return await self._ask(path, request, version, deadline)
         except grpc.aio.AioRpcError as err:
             raise PassedOn(err.code(), path, version) from err
+
+    async def _ask(self, path: str, request: bytes, version: Version, deadline: float) -> bytes:
+        """One call. Where it names no version the label does, as long as the server knows it."""
+        if not self._use_label or version != LATEST or path == GET_MODEL_STATUS:
+            return await self._call(path, request, deadline)
+        try:
+            return await self._call(path, request + self._label_field, deadline)
+        except grpc.aio.AioRpcError as err:
+            if err.code() not in _LABEL_UNKNOWN:
+                raise
+        answer = await self._call(path, request, deadline)  # raises again if the fault was not the label's
+        self._use_label = False
+        return answer
 
     async def _call(self, path: str, request: bytes, deadline: float) -> bytes:
         """One call, sent again when no server was found. Nothing that is called here changes anything there."""
@@ -202,7 +225,20 @@ class Upstream:
             late = late + 1 if found is None else 0
             if found is not None or late >= 3:
                 self._set(found or Availability(False, f"the model server at {self._target} does not answer in time"))
+            if self._label and not self._use_label:
+                self._use_label = await self._knows_label()
             await asyncio.sleep(self._poll_s)
+
+    async def _knows_label(self) -> bool:
+        request = pb.GetModelMetadataRequest(
+            model_spec=pb.ModelSpec(name=contract.MODEL_NAME, version_label=self._label),
+            metadata_field=("signature_def",),
+        )
+        try:
+            await self._methods[GET_MODEL_METADATA](request.SerializeToString(), timeout=2.0)
+        except grpc.aio.AioRpcError:
+            return False
+        return True
 
     async def _look(self) -> Availability | None:
         request = pb.GetModelStatusRequest(model_spec=pb.ModelSpec(name=contract.MODEL_NAME))

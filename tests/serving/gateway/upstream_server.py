@@ -32,6 +32,8 @@ class Behaviour:
     state: int = pb.ModelVersionStatus.AVAILABLE
     abort: tuple[grpc.StatusCode, str] | None = None
     as_content: bool = False
+    labels: dict[str, int] = field(default_factory=lambda: {"stable": 3})  # what else is asked by label is unknown
+    newest: int = 0  # a second version, which answers requests that name none
     broken_version: int = 0  # the status tells of one more, which failed to load
     spoil: Any = None  # (PredictResponse) -> bytes
     hold: asyncio.Event | None = None  # calls wait for it
@@ -108,7 +110,7 @@ class TestUpstream:
             await context.abort(*behaviour.abort)
         answer = pb.PredictResponse()
         answer.model_spec.name = request.model_spec.name
-        answer.model_spec.version.value = behaviour.version
+        answer.model_spec.version.value = self._answering(request.model_spec)
         outputs = answer.outputs["probabilities"]
         outputs.dtype = pb.DT_FLOAT
         outputs.tensor_shape.dim.add(size=shape[0])
@@ -125,7 +127,8 @@ class TestUpstream:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
         await self._check_version(request.model_spec, context)
         answer = pb.GetModelStatusResponse()
-        answer.model_version_status.add(version=self.behaviour.version, state=self.behaviour.state)
+        for version in filter(None, (self.behaviour.version, self.behaviour.newest)):
+            answer.model_version_status.add(version=version, state=self.behaviour.state)
         if self.behaviour.broken_version:
             broken = answer.model_version_status.add(version=self.behaviour.broken_version, state=50)
             broken.status.error_code = 13
@@ -136,7 +139,7 @@ class TestUpstream:
         await self._check_version(request.model_spec, context)
         answer = pb.GetModelMetadataResponse()
         answer.model_spec.name = "digits"
-        answer.model_spec.version.value = self.behaviour.version
+        answer.model_spec.version.value = self._answering(request.model_spec)
         signatures = pb.SignatureDefMap()
         signature = signatures.signature_def["serving_default"]
         signature.method_name = "tensorflow/serving/predict"
@@ -151,8 +154,12 @@ class TestUpstream:
     async def _check_version(self, spec: pb.ModelSpec, context: Any) -> None:
         if spec.HasField("version") and spec.version.value != self.behaviour.version:
             await context.abort(grpc.StatusCode.NOT_FOUND, "secret: no such version")
-        if spec.version_label not in ("", "stable"):
+        if spec.version_label and spec.version_label not in self.behaviour.labels:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "secret: no such label")
+
+    def _answering(self, spec: pb.ModelSpec) -> int:
+        named = self.behaviour.labels.get(spec.version_label) or spec.version.value
+        return named or self.behaviour.newest or self.behaviour.version
 
 
 async def _main(port: int, delay_s: float) -> None:
