@@ -20,7 +20,6 @@ WITHOUT_EFFECT = {
     "num_unload_threads": "versions are unloaded one at a time",
     "per_process_gpu_memory_fraction": "TensorFlow's default is used",
     "remove_unused_fields_from_bundle_metagraph": "the graph is read as it is",
-    "enable_signature_method_name_check": "method names are checked by Classify and Regress only",
     "enforce_session_run_timeout": "a call past its deadline is not started; a started one runs to its end",
     "enable_profiler": "there is no profiler service",
     "enable_grpc_healthcheck_service": "the health service is always on",
@@ -71,6 +70,7 @@ class Flags:
     enable_model_warmup: bool
     num_request_iterations_for_warmup: int
     allow_version_labels_for_unavailable_models: bool
+    enable_signature_method_name_check: bool
     grpc_max_threads: int
     grpc_channel_arguments: str
     tensorflow_session_parallelism: int
@@ -177,6 +177,12 @@ def _parser() -> argparse.ArgumentParser:
     add("enable_model_warmup", bool, True, "replay assets.extra/tf_serving_warmup_requests before a version serves")
     add("num_request_iterations_for_warmup", int, 1, "how often each of those records is replayed")
     add("allow_version_labels_for_unavailable_models", bool, False, "let a label name a version that is not loaded")
+    add(
+        "enable_signature_method_name_check",
+        bool,
+        False,
+        "Classify and Regress: refuse another method's signature",
+    )
     add("grpc_max_threads", int, 4 * cpus, "calls that are worked on at a time")
     add("grpc_channel_arguments", str, "", "comma-separated key=value arguments of the gRPC server")
     add("tensorflow_session_parallelism", int, 0, "sets both flags below")

@@ -6,7 +6,10 @@ Row: ``{"instances": […]}`` → ``{"predictions": […]}``, one element an exa
 
 import base64
 import binascii
+import contextlib
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,6 +23,8 @@ from serving.model_server.errors import Code, ServingError, invalid_argument
 
 MAX_RANK: Final = 32
 _MAX_ECHO_CHARS: Final = 200
+_INF: Final = re.compile(rb'("(?:[^"\\]|\\.)*"?)|\bInf\b', re.DOTALL)
+"""Strings, ended or not, to be left alone; or the short spelling of infinity."""
 _JSON_TYPES: Final = {type(None): "Null", bool: "Bool", dict: "Object", list: "Array", str: "String"}
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -34,18 +39,28 @@ class PredictBody:
     content: Any
 
 
+def load(body: bytes) -> tuple[dict[str, Any], str]:
+    """Read any method's body: the object, and the signature name in it.
+
+    Raises:
+        ServingError: INVALID_ARGUMENT, no JSON object, or a signature name that is no string.
+    """
+    document = _loads(body)
+    if not isinstance(document, dict):
+        raise invalid_argument(f"JSON Value: {echo(document)} Is not object")
+    signature_name = document.get("signature_name", "")
+    if not isinstance(signature_name, str):
+        raise invalid_argument("JSON Value not formatted correctly. 'signature_name' key must be a string value.")
+    return document, signature_name
+
+
 def parse(body: bytes) -> PredictBody:
     """Read the body of ``:predict``.
 
     Raises:
         ServingError: INVALID_ARGUMENT, no JSON object or not with exactly one of the two keys.
     """
-    document = _loads(body)
-    if not isinstance(document, dict):
-        raise invalid_argument(f"JSON Value: {_echo(document)} Is not object")
-    signature_name = document.get("signature_name", "")
-    if not isinstance(signature_name, str):
-        raise invalid_argument("JSON Value not formatted correctly. 'signature_name' key must be a string value.")
+    document, signature_name = load(body)
     if "instances" in document and "inputs" in document:
         raise invalid_argument("Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist")
     if "inputs" in document:
@@ -79,7 +94,7 @@ def dump(outputs: Arrays, row_format: bool) -> bytes:
         ServingError: INVALID_ARGUMENT, the row format needs outputs that share their first dimension.
     """
     if not row_format:
-        return _dumps({"outputs": _unwrapped({alias: _values(alias, array) for alias, array in outputs.items()})})
+        return dumps({"outputs": _unwrapped({alias: _values(alias, array) for alias, array in outputs.items()})})
     sizes = set()
     for alias, array in outputs.items():
         if not array.ndim:
@@ -89,9 +104,9 @@ def dump(outputs: Arrays, row_format: bool) -> bytes:
             raise invalid_argument(f"Tensor name: {alias} has inconsistent batch size: {len(array)}")
     columns = {alias: _values(alias, array) for alias, array in outputs.items()}
     if len(columns) == 1:
-        return _dumps({"predictions": next(iter(columns.values()))})
+        return dumps({"predictions": next(iter(columns.values()))})
     count = sizes.pop() if sizes else 0
-    return _dumps({"predictions": [{alias: column[i] for alias, column in columns.items()} for i in range(count)]})
+    return dumps({"predictions": [{alias: column[i] for alias, column in columns.items()} for i in range(count)]})
 
 
 def _loads(body: bytes) -> Any:
@@ -100,13 +115,17 @@ def _loads(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as err:
-        # orjson takes no NaN and Infinity, TensorFlow Serving does. Both parsers refuse deep nesting.
-        if b"NaN" in body or b"Infinity" in body or b"Inf" in body:
-            try:
-                return json.loads(body)
-            except (ValueError, RecursionError):
-                pass
+        if b"NaN" in body or b"Inf" in body:
+            with contextlib.suppress(ValueError, RecursionError, TypeError):
+                return _loads_non_finite(body)
         raise invalid_argument(f"JSON Parse error: {err}") from err
+
+
+def _loads_non_finite(body: bytes) -> Any:
+    """JSON with NaN, Inf and Infinity, which orjson takes for errors and TensorFlow Serving does not."""
+    document = json.loads(_INF.sub(lambda found: found[1] or b"Infinity", body).decode())
+    orjson.dumps(document)  # raises for what its reader would refuse besides: half surrogate pairs, endless integers
+    return document
 
 
 def _from_rows(instances: list[Any], kinds: Mapping[str, int]) -> Arrays:
@@ -128,7 +147,7 @@ def _from_rows(instances: list[Any], kinds: Mapping[str, int]) -> Arrays:
             raise invalid_argument(f"Expecting object but got list at item {index} of input list")
         if instance.keys() != expected:
             raise invalid_argument(
-                f"Failed to process element: {index} of 'instances' list. JSON object: {_echo(instance)} "
+                f"Failed to process element: {index} of 'instances' list. JSON object: {echo(instance)} "
                 f"keys must be equal to: {','.join(sorted(expected))}"
             )
     return {alias: _to_array([instance[alias] for instance in instances], kind, alias) for alias, kind in kinds.items()}
@@ -150,11 +169,29 @@ def _from_columns(content: Any, kinds: Mapping[str, int]) -> Arrays:
 
 
 def _is_named(value: Any) -> bool:
-    return isinstance(value, dict) and not _is_base64(value)
+    return isinstance(value, dict) and not is_base64(value)
 
 
-def _is_base64(value: Any) -> bool:
+def is_base64(value: Any) -> bool:
+    """Whether the JSON value is an object that holds bytes."""
     return isinstance(value, dict) and len(value) == 1 and isinstance(value.get("b64"), str)
+
+
+def to_bytes(value: Any) -> bytes:
+    """The bytes of a JSON string, or of an object that ``is_base64``.
+
+    Raises:
+        ServingError: INVALID_ARGUMENT, it is not base64.
+    """
+    try:
+        return value.encode() if isinstance(value, str) else base64.b64decode(value["b64"], validate=True)
+    except (binascii.Error, ValueError) as err:
+        raise invalid_argument("Unable to base64 decode") from err
+
+
+def type_name(value: Any) -> str:
+    """The JSON type of a parsed value, as in messages."""
+    return _JSON_TYPES.get(type(value), "Number")
 
 
 def _to_array(value: Any, kind: int, where: str) -> np.ndarray[Any, Any]:
@@ -214,7 +251,7 @@ def _leaves(value: Any, shape: tuple[int, ...], level: int, where: str) -> Itera
     if not isinstance(value, list):
         if level != len(shape):
             raise invalid_argument(
-                f"JSON Value: {_echo(value)} found at incorrect level: {level + 1} in the JSON DOM. "
+                f"JSON Value: {echo(value)} found at incorrect level: {level + 1} in the JSON DOM. "
                 f"Expected at level: {len(shape)}"
             )
         yield value
@@ -233,15 +270,10 @@ def _leaves(value: Any, shape: tuple[int, ...], level: int, where: str) -> Itera
 def _scalar(value: Any, kind: int, dtype: np.dtype[Any]) -> Any:
     name = tensors.type_name(kind)
     if dtype.kind == "O":
-        if isinstance(value, str):
-            return value.encode()
-        if _is_base64(value):
-            try:
-                return base64.b64decode(value["b64"], validate=True)
-            except (binascii.Error, ValueError) as err:
-                raise invalid_argument("Unable to base64 decode") from err
+        if isinstance(value, str) or is_base64(value):
+            return to_bytes(value)
         if isinstance(value, dict):
-            raise invalid_argument(f"JSON Value: {_echo(value)} not formatted correctly for base64 data")
+            raise invalid_argument(f"JSON Value: {echo(value)} not formatted correctly for base64 data")
     elif dtype.kind == "b" and isinstance(value, bool):
         return value
     elif isinstance(value, int) and not isinstance(value, bool):
@@ -255,12 +287,11 @@ def _scalar(value: Any, kind: int, dtype: np.dtype[Any]) -> Any:
         if np.isfinite(value) and abs(value) > np.finfo(dtype).max:
             raise invalid_argument(f"Cannot convert JSON value: {value} to {name} without loss of precision.")
         return value
-    raise invalid_argument(
-        f"JSON Value: {_echo(value)} Type: {_JSON_TYPES.get(type(value), 'Number')} is not of expected type: {name}"
-    )
+    raise invalid_argument(f"JSON Value: {echo(value)} Type: {type_name(value)} is not of expected type: {name}")
 
 
-def _echo(value: Any) -> str:
+def echo(value: Any) -> str:
+    """The value as JSON for a message, not too long."""
     text = orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
     return text if len(text) <= _MAX_ECHO_CHARS else text[:_MAX_ECHO_CHARS] + "…"
 
@@ -292,15 +323,18 @@ def _strings(array: np.ndarray[Any, Any], as_bytes: bool) -> Any:
     return np.frompyfunc(text, 1, 1)(array).tolist() if array.ndim else text(array.item())
 
 
-def _dumps(document: Any) -> bytes:
+def dumps(document: Any) -> bytes:
+    """JSON of a document that may hold arrays; NaN and infinities as TensorFlow Serving writes them."""
     if not _all_finite(document):
-        return json.dumps(document, default=_plain).encode()  # NaN and Infinity, as TensorFlow Serving writes them
+        return json.dumps(document, default=_plain).encode()
     return orjson.dumps(document, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _all_finite(value: Any) -> bool:
     if isinstance(value, np.ndarray | np.generic):
         return value.dtype.kind != "f" or bool(np.isfinite(value).all())
+    if isinstance(value, float):
+        return math.isfinite(value)
     if isinstance(value, dict):
         return all(_all_finite(item) for item in value.values())
     return not isinstance(value, list) or all(_all_finite(item) for item in value)

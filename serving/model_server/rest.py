@@ -13,9 +13,15 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_pb2
+from tensorflow_serving.apis import (
+    classification_pb2,
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    model_pb2,
+    regression_pb2,
+)
 
-from serving.model_server import json_tensors
+from serving.model_server import json_examples, json_tensors
 from serving.model_server.api import Api
 from serving.model_server.errors import Code, ServingError, invalid_argument
 
@@ -117,9 +123,7 @@ async def _body(request: Request, max_bytes: int) -> bytes:
 def _answer(api: Api, method: str, path: str, body: bytes) -> bytes:
     path = path.partition("?")[0]
     if method == "POST" and (match := _INFERENCE.fullmatch(path)):
-        if match["method"].lower() != "predict":
-            raise ServingError(Code.UNIMPLEMENTED, "only :predict is offered; send the tensors of a Predict signature")
-        return _predict(api, _spec(match), body)
+        return _INFER[match["method"].lower()](api, _spec(match), body)
     if method == "GET" and (match := _ABOUT.fullmatch(path)):
         return (_metadata if match["metadata"] else _status)(api, _spec(match))
     if path.lower().startswith("/v1/"):
@@ -143,6 +147,21 @@ def _predict(api: Api, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
     spec.signature_name = request.signature_name
     result = api.infer(spec, lambda signature: json_tensors.read_inputs(request, signature))
     return json_tensors.dump(result.outputs, request.row_format)
+
+
+def _classify(api: Api, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
+    spec.signature_name, given = json_examples.parse(body)
+    request = classification_pb2.ClassificationRequest(model_spec=spec, input=given)
+    return json_examples.dump_classifications(api.classify(request).result)
+
+
+def _regress(api: Api, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
+    spec.signature_name, given = json_examples.parse(body)
+    request = regression_pb2.RegressionRequest(model_spec=spec, input=given)
+    return json_examples.dump_regressions(api.regress(request).result)
+
+
+_INFER = {"predict": _predict, "classify": _classify, "regress": _regress}
 
 
 def _status(api: Api, spec: model_pb2.ModelSpec) -> bytes:

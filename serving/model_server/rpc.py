@@ -43,9 +43,9 @@ def handlers(api: Api, control: ThreadPoolExecutor) -> list[grpc.GenericRpcHandl
     """
     prediction = {
         "Predict": _unary(api.predict, predict_pb2.PredictRequest),
-        "Classify": _unary(api.unimplemented, classification_pb2.ClassificationRequest),
-        "Regress": _unary(api.unimplemented, regression_pb2.RegressionRequest),
-        "MultiInference": _unary(api.unimplemented, inference_pb2.MultiInferenceRequest),
+        "Classify": _unary(api.classify, classification_pb2.ClassificationRequest),
+        "Regress": _unary(api.regress, regression_pb2.RegressionRequest),
+        "MultiInference": _unary(api.multi_inference, inference_pb2.MultiInferenceRequest),
         "GetModelMetadata": _unary(api.get_model_metadata, get_model_metadata_pb2.GetModelMetadataRequest, control),
     }
     models = {

@@ -107,7 +107,7 @@ class Server:
             on_change=self._on_change,
             labels_may_dangle=flags.allow_version_labels_for_unavailable_models,
         )
-        api = Api(manager)
+        api = Api(manager, check_method_names=flags.enable_signature_method_name_check)
         if self._grpc:
             self._grpc.add(rpc.handlers(api, ThreadPoolExecutor(4, "control")))
             self._grpc.ready()

@@ -43,6 +43,24 @@ def type_name(kind: int) -> str:
     return types_pb2.DataType.Name(kind)[3:].lower() if kind in types_pb2.DataType.values() else f"type {kind}"
 
 
+def enum_name(array: np.ndarray[Any, Any]) -> str:
+    """The type of an array as its ``DataType``: ``DT_FLOAT``, ``DT_STRING``."""
+    entry = _FIELD_BY_NUMPY.get(array.dtype)
+    return types_pb2.DataType.Name(entry[0]) if entry else str(array.dtype)
+
+
+def text(value: Any) -> str:
+    """A value of a string tensor for a text field of a message, which must be UTF-8.
+
+    Raises:
+        ServingError: INVALID_ARGUMENT, it is not.
+    """
+    try:
+        return value.decode() if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError as err:
+        raise invalid_argument(f"a string of the answer is not UTF-8: {value[:40]!r}") from err
+
+
 def to_array(proto: tensor_pb2.TensorProto, alias: str) -> np.ndarray[Any, Any]:
     """The array in a proto, from ``tensor_content`` without a copy or from its typed field. Read-only.
 

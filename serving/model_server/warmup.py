@@ -5,7 +5,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 from tensorflow_serving.apis import prediction_log_pb2
 
-from serving.model_server import runtime, tensors
+from serving.model_server import examples, runtime, tensors
 from serving.model_server.errors import Code, ServingError, invalid_argument
 from serving.model_server.saved_model import SavedModel
 
@@ -39,8 +39,17 @@ def replay(model: SavedModel, iterations: int = 1) -> int:
 
 def _run(model: SavedModel, log: prediction_log_pb2.PredictionLog) -> None:
     kind = log.WhichOneof("log_type")
-    if kind != "predict_log":
-        return  # other methods are not served, so there is nothing of theirs to warm
-    request = log.predict_log.request
-    inputs = {alias: tensors.to_array(proto, alias) for alias, proto in request.inputs.items()}
-    model.run(request.model_spec.signature_name, inputs, list(request.output_filter))
+    if kind == "predict_log":
+        predict = log.predict_log.request
+        inputs = {alias: tensors.to_array(proto, alias) for alias, proto in predict.inputs.items()}
+        model.run(predict.model_spec.signature_name, inputs, list(predict.output_filter))
+    elif kind == "classify_log":
+        classify = log.classify_log.request
+        examples.classify(model, classify.model_spec.signature_name, classify.input)
+    elif kind == "regress_log":
+        regress = log.regress_log.request
+        examples.regress(model, regress.model_spec.signature_name, regress.input)
+    elif kind == "multi_inference_log":
+        examples.multi_inference(model, log.multi_inference_log.request.tasks, log.multi_inference_log.request.input)
+    else:
+        raise ServingError(Code.UNIMPLEMENTED, f"Unsupported log_type for warmup: {kind}")

@@ -74,6 +74,52 @@ def export_tiny(path: Path, version: int) -> None:
     tf.saved_model.save(module, str(path), signatures=signatures)
 
 
+def export_classic(path: Path, tags: list[str]) -> None:
+    """Write a TensorFlow 1 SavedModel over examples with ``x`` (two floats) and, if given, ``bias`` (one float).
+
+    It labels by the sign of ``x[0] + x[1] + bias``; its score for ``plus`` is their sigmoid, its value their sum.
+    """
+    import tensorflow as tf
+
+    v1 = tf.compat.v1
+    methods = v1.saved_model.signature_constants
+    with tf.Graph().as_default(), v1.Session() as session:
+        serialized = v1.placeholder(tf.string, [None], name="examples")
+        features = v1.parse_example(
+            serialized,
+            {
+                "x": v1.FixedLenFeature([2], tf.float32),
+                "bias": v1.FixedLenFeature([], tf.float32, default_value=0.0),
+            },
+        )
+        weight = v1.get_variable("weight", initializer=[1.0, 1.0])
+        total = tf.reduce_sum(features["x"] * weight, axis=1) + features["bias"]
+        scores = tf.stack([tf.sigmoid(-total), tf.sigmoid(total)], axis=1)
+        classes = tf.tile([["minus", "plus"]], [tf.shape(total)[0], 1])
+        plain = v1.placeholder(tf.float32, [None, 2], name="plain")
+
+        def signature(method: str, inputs: Any, **outputs: Any) -> Any:
+            info = v1.saved_model.build_tensor_info
+            return v1.saved_model.build_signature_def(
+                {"inputs": info(inputs)}, {name: info(tensor) for name, tensor in outputs.items()}, method
+            )
+
+        signatures = {
+            "serving_default": signature(methods.CLASSIFY_METHOD_NAME, serialized, classes=classes, scores=scores),
+            "only_classes": signature(methods.CLASSIFY_METHOD_NAME, serialized, classes=classes),
+            "only_scores": signature(methods.CLASSIFY_METHOD_NAME, serialized, scores=scores),
+            "regress": signature(methods.REGRESS_METHOD_NAME, serialized, outputs=total),
+            "regress_column": signature(methods.PREDICT_METHOD_NAME, serialized, outputs=total[:, None]),
+            "regress_pair": signature(methods.REGRESS_METHOD_NAME, serialized, outputs=scores),
+            "flat_scores": signature(methods.CLASSIFY_METHOD_NAME, serialized, scores=total),
+            "plain": signature(methods.PREDICT_METHOD_NAME, plain, outputs=tf.reduce_sum(plain * weight, axis=1)),
+        }
+        session.run(v1.global_variables_initializer())
+        builder = v1.saved_model.builder.SavedModelBuilder(str(path))
+        builder.add_meta_graph_and_variables(session, tags, signature_def_map=signatures)
+        builder.save()
+
+
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Version number → an exported SavedModel that answers with that digit. Not to be changed: copy it."""
