@@ -37,7 +37,14 @@ def _adopt_terminal(path: str) -> None:
     os.close(terminal)
 
 
+def _hear_signals() -> None:
+    """Undo what ``nohup`` and a script's ``&`` leave behind: ignored signals are inherited; a leash is made of them."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 if __name__ == "__main__":
+    _hear_signals()
     _die_with_parent(int(sys.argv[1]))
     if sys.argv[2] != "-":
         _adopt_terminal(sys.argv[2])

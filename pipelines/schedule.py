@@ -33,6 +33,8 @@ def schedule(settings: Settings, cron: str, name: str) -> None:
         BadSchedule: cron does not know such a time.
         PrefectUnavailable: the server does not start or answer.
     """
+    # A script's "&" starts its commands with SIGINT ignored; stopping a runner is made of SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")  # no one watches: the log is all there is
     prefect_server.prepare_environment(settings)
     with prefect_server.server(settings, with_services=True):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from pipelines.processes import stream
 from pipelines.stages import is_chatter
@@ -50,9 +51,10 @@ def test_command_that_cannot_be_started_says_so(tmp_path: Path) -> None:
     assert done.tail == ("cannot start no-such-command: No such file or directory",)
 
 
-def test_killed_parent_takes_its_command_and_what_that_started_along(tmp_path: Path) -> None:
-    """Kill -9 leaves no time to tidy up: the kernel does it."""
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=tmp_path, env=environment_for(ROOT))
+@pytest.mark.parametrize("starter", [[], ["nohup"]], ids=["as it is", "under nohup"])
+def test_killed_parent_takes_its_command_and_what_that_started_along(tmp_path: Path, starter: list[str]) -> None:
+    """Kill -9 leaves no time to tidy up: the kernel does it, also where hang-ups were ignored."""
+    parent = subprocess.Popen([*starter, sys.executable, "-c", PARENT], cwd=tmp_path, env=environment_for(ROOT))
     pids_file = tmp_path / "pids"
     deadline = time.monotonic() + 20
     while not (pids_file.exists() and len(pids_file.read_text().split()) == 2):
