@@ -66,9 +66,13 @@ class Overloaded(DigitsError):
 
 
 class ModelUnavailable(DigitsError):
-    """The model server cannot be reached or has no version loaded."""
+    """The model server cannot be reached or has no version loaded. ``retry_after_s``: when to come back, if known."""
 
     code = "model_unavailable"
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class UpstreamTimeout(DigitsError):

@@ -28,7 +28,7 @@ class Gateway:
         self.logs = logs
         self.log = logs.log
         self.draining = False
-        self.metrics = Metrics()
+        self.metrics = Metrics(settings.unsure_below)
         self.upstream = Upstream(settings.upstream, self.metrics, settings.status_poll_s, settings.model_label)
         self.pictures = Pictures(self.metrics, settings.decode_threads, settings.max_waiting_decodes)
         self.predictor = Predictor(

@@ -4,6 +4,7 @@ Labels are bounded: route patterns, codes, model versions; never what a user sen
 """
 
 import platform
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -27,26 +28,51 @@ BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 CONFIDENCE_BUCKETS: Final = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
 
+INK_SHARE_BUCKETS: Final = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.3, 0.5, 1.0)
+"""Of MNIST's training images half lie between 0.10 and 0.16, one in fifty below 0.05 or above 0.25."""
+
+BOX_BUCKETS: Final = (2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 28)
+"""Pixels of a canonical image, whose digit fits 20 x 20."""
+
+INPUT_SAMPLE_S: Final = 0.02
+"""Of the calls in this time one is looked at: what people send does not change faster."""
+
+INPUT_SAMPLE_IMAGES: Final = 16
+"""And of its images at most so many."""
+
 MAX_VERSIONS: Final = 32
 """Model versions that get a label of their own in one process' life; later ones share ``other``."""
 
 
 class Metrics:
-    """All metrics of one gateway, and the few calls that change them."""
+    """All metrics of one gateway, and the few calls that change them.
 
-    def __init__(self) -> None:
+    Args:
+        unsure_below: A digit read with a lower probability is counted as unsure.
+    """
+
+    def __init__(self, unsure_below: float = 0.5) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._requests = _Requests()
-        self._predictions = _Predictions()
-        self.registry.register(self._requests)
-        self.registry.register(self._predictions)
+        self._predictions = _Predictions(unsure_below)
+        self._inputs = _Inputs()
+        for collector in (self._requests, self._predictions, self._inputs):
+            self.registry.register(collector)
         self._versions: set[str] = set()
 
         self._in_flight = self._gauge("digits_requests_in_flight", "Requests under way, by protocol.", ["protocol"])
         self._queued = self._gauge("digits_queue_images", "Images that wait to go upstream.")
         self._calls = self._gauge("digits_upstream_calls_in_flight", "Calls under way at the model server.")
         self._ready = self._gauge("digits_upstream_ready", "1 when the model server has a version to serve, else 0.")
+        self._breaker = self._gauge(
+            "digits_breaker_state", "Breaker before the model server: 0 closed, 1 half open, 2 open."
+        )
+        self._version_changed = self._gauge(
+            "digits_model_version_changed_timestamp_seconds",
+            "When the version first answered that now answers requests which name none.",
+            ["model_version"],
+        )
         self._decodes = self._gauge("digits_decodes_in_flight", "Large pictures being decoded or waiting for a thread.")
         build = self._gauge("digits_build_info", "Always 1; its labels say what runs.", ["version", "python"])
         build.labels(VERSION, platform.python_version()).set(1)
@@ -54,6 +80,8 @@ class Metrics:
         self._shed = self._counter("digits_shed", "Requests refused because of too much work.", ["reason"])
         self._upstream_calls = self._counter("digits_upstream_calls", "Calls to the model server, by code.", ["code"])
         self._upstream_errors = self._counter("digits_upstream_errors", "Failed model server calls, by code.", ["code"])
+        self._retries = self._counter("digits_upstream_retries", "Calls to the model server that were sent again.")
+        self._refusals = self._counter("digits_breaker_refusals", "Calls that the breaker did not let go upstream.")
         self._upstream_s = self._histogram(
             "digits_upstream_duration_seconds", "Time of one model server call that succeeded.", DURATION_BUCKETS_S
         )
@@ -84,6 +112,27 @@ class Metrics:
             self._upstream_s.observe(duration_s)
         else:
             self._upstream_errors.labels(code).inc()
+
+    def upstream_retry(self) -> None:
+        """A call that found no server is sent again."""
+        self._retries.inc()
+
+    def breaker_state(self, state: int) -> None:
+        """The breaker has changed: 0 closed, 1 half open, 2 open."""
+        self._breaker.set(state)
+
+    def breaker_refusal(self) -> None:
+        """The breaker did not let a call go upstream."""
+        self._refusals.inc()
+
+    def version_changed(self, model_version: str) -> None:
+        """Another version than before has answered a request that names none."""
+        self._version_changed.clear()
+        self._version_changed.labels(self._bounded(model_version)).set(time.time())
+
+    def inputs(self, images_u8: bytes) -> None:
+        """Images went to the model: uint8, ``N * 784`` bytes. A sample of them is measured."""
+        self._inputs.add(images_u8)
 
     def upstream_ready(self, ready: bool) -> None:
         """The model server's availability has changed."""
@@ -122,8 +171,8 @@ class Metrics:
     def _gauge(self, name: str, text: str, labels: list[str] | None = None) -> Gauge:
         return Gauge(name, text, labels or [], registry=self.registry)
 
-    def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
-        return Counter(name, text, labels, registry=self.registry)
+    def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
+        return Counter(name, text, labels or [], registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, buckets=buckets, registry=self.registry)
@@ -136,6 +185,10 @@ class _Buckets:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
 
     def cumulative(self) -> list[tuple[str, float]]:
         total = 0
@@ -158,8 +211,7 @@ class _Requests:
         series = self._series.get(labels)
         if series is None:
             series = self._series[labels] = _Buckets(DURATION_BUCKETS_S)
-        series.counts[bisect_left(DURATION_BUCKETS_S, duration_s)] += 1
-        series.sum += duration_s
+        series.add(duration_s)
 
     def collect(self) -> Iterator[Metric]:
         total = CounterMetricFamily("digits_requests", "Requests answered, by code.", labels=self.LABELS)
@@ -179,7 +231,9 @@ class _Predictions:
 
     BOUNDS: Final = np.array(CONFIDENCE_BUCKETS, np.float32)
 
-    def __init__(self) -> None:
+    def __init__(self, unsure_below: float) -> None:
+        self._unsure_below = unsure_below
+        self._unsure: dict[str, int] = {}
         self._digits: dict[str, NDArray[Any]] = {}  # (10,) counts
         self._confidences: dict[str, tuple[NDArray[Any], list[float]]] = {}  # (buckets + 1,) counts, [sum]
 
@@ -187,10 +241,12 @@ class _Predictions:
         if version not in self._digits:
             self._digits[version] = np.zeros(contract.CLASS_COUNT, np.int64)
             self._confidences[version] = np.zeros(len(self.BOUNDS) + 1, np.int64), [0.0]
+            self._unsure[version] = 0
         self._digits[version] += np.bincount(digits, minlength=contract.CLASS_COUNT)
         counts, total = self._confidences[version]
         counts += np.bincount(np.searchsorted(self.BOUNDS, confidences), minlength=len(counts))
         total[0] += float(confidences.sum(dtype=np.float64))
+        self._unsure[version] += int(np.count_nonzero(confidences < self._unsure_below))
 
     def collect(self) -> Iterator[Metric]:
         read = CounterMetricFamily(
@@ -199,11 +255,54 @@ class _Predictions:
         confidence = HistogramMetricFamily(
             "digits_prediction_confidence", "Probability of the digit that was read.", labels=("model_version",)
         )
+        unsure = CounterMetricFamily(
+            "digits_unsure", "Images whose digit was read with little confidence.", labels=("model_version",)
+        )
         names = [*map(str, CONFIDENCE_BUCKETS), "+Inf"]
         for version, digits in self._digits.items():
             for digit, count in enumerate(digits.tolist()):
                 read.add_metric((str(digit), version), count)
+            unsure.add_metric((version,), self._unsure[version])
             counts, total = self._confidences[version]
             confidence.add_metric((version,), list(zip(names, np.cumsum(counts).tolist(), strict=True)), total[0])
         yield read
         yield confidence
+        yield unsure
+
+
+class _Inputs:
+    """How much ink the images have and how large the digit in them is: the first sign that people send other things."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+        self._histograms = (
+            ("digits_input_ink_share", "Mean ink of an image, 0 to 1.", _Buckets(INK_SHARE_BUCKETS)),
+            ("digits_input_box_width_pixels", "Width of what is inked, of 28.", _Buckets(BOX_BUCKETS)),
+            ("digits_input_box_height_pixels", "Height of what is inked, of 28.", _Buckets(BOX_BUCKETS)),
+        )
+
+    def add(self, images_u8: bytes) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + INPUT_SAMPLE_S
+        images = np.frombuffer(images_u8, np.uint8).reshape(-1, contract.IMAGE_HEIGHT, contract.IMAGE_WIDTH)
+        images = images[:INPUT_SAMPLE_IMAGES]  # (N, 28, 28)
+        inked = images > 127
+        measured = (images.mean(axis=(1, 2)) / 255, _extent(inked.any(axis=1)), _extent(inked.any(axis=2)))
+        for (_, _, histogram), values in zip(self._histograms, measured, strict=True):
+            for value in values.tolist():
+                histogram.add(value)
+
+    def collect(self) -> Iterator[Metric]:
+        for name, text, histogram in self._histograms:
+            family = HistogramMetricFamily(name, text)
+            family.add_metric((), histogram.cumulative(), histogram.sum)
+            yield family
+
+
+def _extent(inked: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """From the first True to the last of each row: bool (N, 28) → int (N,), 0 where there is none."""
+    size = inked.shape[1]
+    extent: NDArray[np.int64] = (size - inked.argmax(axis=1) - inked[:, ::-1].argmax(axis=1)) * inked.any(axis=1)
+    return extent

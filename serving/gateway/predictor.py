@@ -211,6 +211,8 @@ class Predictor:
             images_u8 = b"".join([waiting.images_u8 for waiting in batch])
             found = await self._predict(images_u8, count, max(waiting.deadline for waiting in batch), batch[0].version)
             self._answer(batch, found)
+            if not any(waiting.trial for waiting in batch):
+                self._metrics.inputs(images_u8)
         except DigitsError as err:
             _fail(batch, err)
         except BaseException as err:

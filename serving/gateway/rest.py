@@ -531,7 +531,7 @@ class RestApp:
             self._gateway.log.error("defect", request_id=request.id, exc_info=True)
             return self._error_response(request, 500, "internal", "internal error", [])
         headers: Headers = []
-        if isinstance(err, Overloaded):
+        if isinstance(err, Overloaded | ModelUnavailable) and err.retry_after_s:
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(err.retry_after_s))))
         elif isinstance(err, MethodNotAllowed):
             headers.append((b"allow", err.allowed.encode()))

@@ -118,7 +118,7 @@ class Calls:
             self.gateway.log.error("defect", request_id=request_id, exc_info=err)
             return grpc.StatusCode.INTERNAL, "internal", "internal error", (("x-error-code", "internal"),)
         more: tuple[tuple[str, str], ...] = (("x-error-code", err.code),)
-        if isinstance(err, Overloaded):
+        if isinstance(err, Overloaded | ModelUnavailable) and err.retry_after_s:
             more = (*more, ("grpc-retry-pushback-ms", str(max(1, math.ceil(err.retry_after_s * 1000)))))
         return code, err.code, str(err), more
 

@@ -362,7 +362,7 @@ ERROR_TEXTS: Final = {
     429: "Too much work is waiting; `Retry-After` says when to come back.",
     500: "Internal error.",
     501: "Known, but not offered here.",
-    503: "No model is being served.",
+    503: "No model is being served; `Retry-After`, where it is known, says when to come back.",
     504: "The model did not answer in time.",
 }
 
@@ -546,7 +546,7 @@ def _operation(route: Route) -> dict[str, Any]:
         if status == 503 and isinstance(route.answer, type) and "ready" in route.answer.model_fields:
             model = route.answer
         headers = dict(_REQUEST_ID)
-        if status == 429:
+        if status in (429, 503):
             headers["retry-after"] = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
         responses[str(status)] = {"description": ERROR_TEXTS[status], "content": _content(model), "headers": headers}
     operation: dict[str, Any] = {

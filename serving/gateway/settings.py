@@ -84,6 +84,9 @@ class Settings(BaseSettings):
     max_waiting_decodes: Annotated[int, Field(ge=1)] = 64
     """Most large pictures decoded or waiting for a thread. Beyond that they are refused as overload."""
 
+    unsure_below: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """A digit read with a lower probability than this is counted as unsure."""
+
     status_poll_s: Positive = 0.5
     """How often the model server is asked whether it has a version to serve. ``/readyz`` follows the answer."""
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from digits import contract
 from digits.errors import BadImage, BadRequest, DigitsError, ModelUnavailable, NotFound, Overloaded, UpstreamTimeout
+from serving.gateway.breaker import Breaker, State
 from serving.gateway.metrics import Metrics
 from serving.protos import upstream_pb2 as pb
 
@@ -29,6 +30,9 @@ MESSAGE_LIMIT: Final = 64 * 1024 * 1024
 
 ATTEMPTS: Final = 3
 """A Predict changes nothing at the server, so a call that found no server may be sent again."""
+
+HUNG_S: Final = 1.0
+"""A call that got no answer in this time or more counts against the server, a shorter one against its caller."""
 
 _CHANNEL_OPTIONS: Final = (
     ("grpc.max_receive_message_length", MESSAGE_LIMIT),
@@ -86,10 +90,12 @@ class PassedOn(DigitsError):
         self.status = status
 
 
+_UNAVAILABLE: Final = "no model is being served at the moment; try again shortly"
+
 _PASSED_ON_TEXTS: Final = {
     grpc.StatusCode.INVALID_ARGUMENT: "the model server does not accept this request",
     grpc.StatusCode.RESOURCE_EXHAUSTED: "the model server has more work than it can do in time; try again shortly",
-    grpc.StatusCode.UNAVAILABLE: "no model is being served at the moment; try again shortly",
+    grpc.StatusCode.UNAVAILABLE: _UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED: "the model server did not answer before the deadline",
     grpc.StatusCode.UNIMPLEMENTED: "the model server does not offer this",
 }
@@ -110,7 +116,8 @@ class Upstream:
     """
 
     def __init__(self, target: str, metrics: Metrics, poll_s: float = 0.5, label: str = "") -> None:
-        self.availability = Availability(False, f"the model server at {target} has not been asked yet")
+        self.availability = self._seen = Availability(False, f"the model server at {target} has not been asked yet")
+        self.breaker = Breaker(self._on_breaker)
         self._target = target
         self._metrics = metrics
         self._poll_s = poll_s
@@ -127,6 +134,7 @@ class Upstream:
             request_serializer=pb.GetModelStatusRequest.SerializeToString,
             response_deserializer=pb.GetModelStatusResponse.FromString,
         )
+        self._default_answered = ""
         self._listeners: list[Callable[[Availability], Any]] = []
         self._watcher: asyncio.Task[None] | None = None
 
@@ -141,7 +149,7 @@ class Upstream:
 
         Raises:
             NotFound: The version that was asked for is not there.
-            ModelUnavailable, UpstreamTimeout, Overloaded, BadImage: As the server said.
+            ModelUnavailable, UpstreamTimeout, Overloaded, BadImage: As the server said, or its breaker.
             BadAnswer: The answer is not N finite rows of ten probabilities.
         """
         request = _predict_request(images_u8, count, version)
@@ -149,7 +157,11 @@ class Upstream:
             data = await self._ask(PREDICT, request, version, deadline)
         except grpc.aio.AioRpcError as err:
             raise _error(err, self._target, version) from err
-        return _predictions(data, count)
+        found = _predictions(data, count)
+        if version == LATEST and found.model_version != self._default_answered:
+            self._default_answered = found.model_version
+            self._metrics.version_changed(found.model_version)
+        return found
 
     async def pass_on(self, path: str, request: bytes, version: Version, deadline: float) -> bytes:
         """Send a serialised request as it is, plus the label if it names no version; return the serialised answer.
@@ -162,6 +174,7 @@ class Upstream:
 
         Raises:
             PassedOn: The server refused; it keeps the server's code.
+            ModelUnavailable: The breaker is open.
             UpstreamTimeout: The deadline has passed already.
         """
         try:
@@ -188,19 +201,39 @@ class Upstream:
             started = time.monotonic()
             if started >= deadline:
                 break
-            try:
-                data: bytes = await self._methods[path](request, timeout=deadline - started)
-            except grpc.aio.AioRpcError as err:
-                code = err.code()
-                self._metrics.upstream_call(code.name, time.monotonic() - started)
-                pause_s = random.uniform(0.01, 0.05) * attempt  # noqa: S311 - jitter, not a secret
-                if code is not grpc.StatusCode.UNAVAILABLE or attempt == ATTEMPTS or started + pause_s >= deadline:
+            pause_s = random.uniform(0.01, 0.05) * attempt  # noqa: S311 - jitter, not a secret
+            last = attempt == ATTEMPTS or started + pause_s >= deadline
+            if self.breaker.admits():
+                try:
+                    data: bytes = await self._methods[path](request, timeout=deadline - started)
+                except grpc.aio.AioRpcError as err:
+                    self._failed(err.code(), time.monotonic() - started)
+                    if err.code() is not grpc.StatusCode.UNAVAILABLE or last:
+                        raise
+                except asyncio.CancelledError:
+                    self.breaker.gave_up()
                     raise
-                await asyncio.sleep(pause_s)
-            else:
-                self._metrics.upstream_call("OK", time.monotonic() - started)
-                return data
+                else:
+                    self.breaker.succeeded()
+                    self._metrics.upstream_call("OK", time.monotonic() - started)
+                    return data
+                self._metrics.upstream_retry()
+            elif last or self.breaker.state is State.OPEN:
+                self._metrics.breaker_refusal()
+                raise ModelUnavailable(_UNAVAILABLE, self.breaker.retry_after_s())
+            await asyncio.sleep(pause_s)
         raise UpstreamTimeout("the model did not answer before the deadline; try again, or allow more time")
+
+    def _failed(self, code: grpc.StatusCode, duration_s: float) -> None:
+        self._metrics.upstream_call(code.name, duration_s)
+        if code is grpc.StatusCode.UNAVAILABLE:
+            self.breaker.failed()
+        elif code is not grpc.StatusCode.DEADLINE_EXCEEDED:
+            self.breaker.succeeded()  # it is there, and said so
+        elif duration_s >= HUNG_S:
+            self.breaker.failed()
+        else:
+            self.breaker.gave_up()
 
     def on_change(self, listener: Callable[[Availability], Any]) -> None:
         """Have ``listener`` called with each new availability."""
@@ -224,7 +257,10 @@ class Upstream:
             # A busy server may answer one status call late: that alone is no reason to leave the balancer's list.
             late = late + 1 if found is None else 0
             if found is not None or late >= 3:
-                self._set(found or Availability(False, f"the model server at {self._target} does not answer in time"))
+                self._seen = found or Availability(False, f"the model server at {self._target} does not answer in time")
+                if self._seen.ready:
+                    self.breaker.server_is_back()
+                self._refresh()
             if self._label and not self._use_label:
                 self._use_label = await self._knows_label()
             await asyncio.sleep(self._poll_s)
@@ -252,7 +288,16 @@ class Upstream:
             return Availability(False, f"the model server at {self._target} cannot be reached")
         return _availability(answer)
 
-    def _set(self, found: Availability) -> None:
+    def _on_breaker(self, state: State) -> None:
+        self._metrics.breaker_state(state)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """What the status says, unless calls fail all the same; and tell those who listen."""
+        found = self._seen
+        if found.ready and self.breaker.state is State.OPEN:
+            reason = f"calls to the model server at {self._target} fail; the next one goes in a moment"
+            found = Availability(False, reason, found.versions)
         if found == self.availability:
             return
         self.availability = found
@@ -353,5 +398,5 @@ def _error(err: grpc.aio.AioRpcError, target: str, version: Version) -> Exceptio
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return BadImage("the model does not accept these images")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION):
-        return ModelUnavailable("no model is being served at the moment; try again shortly")
+        return ModelUnavailable(_UNAVAILABLE)
     return BadAnswer(f"the model server at {target} answered {code.name}: {err.details()}")

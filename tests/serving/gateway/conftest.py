@@ -163,6 +163,7 @@ def here(_shared: Here) -> Here:
     if _shared.behaviour.hold is not None:
         _shared.thread.call(_shared.behaviour.hold.set)
     _shared.upstream.behaviour = Behaviour()
+    _shared.thread.call(_shared.gateway.upstream.breaker.succeeded)  # whatever the test before did to it
     _shared.forget_log()
     _shared.wait_ready()
     return _shared

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -202,3 +203,47 @@ def test_a_log_reader_that_is_gone_does_not_stop_the_gateway() -> None:
     logs = Logs("info", "json", out)
     out.close()
     logs.log.info("one")
+
+
+def test_unsure_readings_are_counted(start: Callable[..., Here]) -> None:
+    """Below the setting, by version; the answer itself says nothing of it."""
+    here = start(unsure_below=0.9)
+    images = random_images(2)
+    images[:, 1] = [0, 255]  # confidence 0.502 and 1.0
+    for image in images:
+        assert "unsure" not in here.classify(image.tobytes()).json()
+    assert here.metric("digits_unsure_total", model_version="3") == 1
+
+
+def test_ink_and_size_of_inputs_are_measured(start: Callable[..., Here]) -> None:
+    """Mean ink and the box around it, in pixels; a blank image has no box."""
+    here = start()
+    image = np.zeros((28, 28), np.uint8)
+    image[5:15, 10:13] = 255
+    here.classify(image.tobytes())
+    eventually(lambda: here.metric("digits_input_ink_share_count") == 1)
+    assert here.metric("digits_input_ink_share_sum") == pytest.approx(30 / 784)
+    assert here.metric("digits_input_box_width_pixels_sum") == 3
+    assert here.metric("digits_input_box_height_pixels_sum") == 10
+
+    def measured_again() -> bool:
+        here.classify(bytes(784))
+        return here.metric("digits_input_ink_share_count") == 2
+
+    eventually(measured_again)
+    assert here.metric("digits_input_box_width_pixels_sum") == 3
+
+
+def test_the_time_of_the_last_change_of_version_is_told(start: Callable[..., Here]) -> None:
+    """One series, of the version that answers requests which name none."""
+    here = start()
+    name = "digits_model_version_changed_timestamp_seconds"
+    here.classify(bytes(784))
+    first = here.metric(name, model_version="3")
+    assert abs(first - time.time()) < 60
+    here.classify(bytes(784))
+    assert here.metric(name, model_version="3") == first
+    here.behaviour.version = 4
+    here.classify(bytes(784))
+    assert here.metric(name, model_version="3") == 0
+    assert here.metric(name, model_version="4") > first
