@@ -288,7 +288,7 @@ class _Inputs:
         self._next = now + INPUT_SAMPLE_S
         images = np.frombuffer(images_u8, np.uint8).reshape(-1, contract.IMAGE_HEIGHT, contract.IMAGE_WIDTH)
         images = images[:INPUT_SAMPLE_IMAGES]  # (N, 28, 28)
-        inked = images > 127
+        inked = np.greater(images, 127)
         measured = (images.mean(axis=(1, 2)) / 255, _extent(inked.any(axis=1)), _extent(inked.any(axis=2)))
         for (_, _, histogram), values in zip(self._histograms, measured, strict=True):
             for value in values.tolist():
@@ -301,7 +301,7 @@ class _Inputs:
             yield family
 
 
-def _extent(inked: NDArray[np.bool_]) -> NDArray[np.int64]:
+def _extent(inked: Any) -> NDArray[np.int64]:
     """From the first True to the last of each row: bool (N, 28) → int (N,), 0 where there is none."""
     size = inked.shape[1]
     extent: NDArray[np.int64] = (size - inked.argmax(axis=1) - inked[:, ::-1].argmax(axis=1)) * inked.any(axis=1)
