@@ -5,7 +5,8 @@ takes no new requests and is closed when its last one has ended. What differs fr
 
 - a version that fails to load is passed over in favour of the next lower one, also right after a start;
 - a base path that is empty, missing or unreadable never unloads anything;
-- a failed version is tried again as soon as its files change, besides the configured retries.
+- a failed version is tried again as soon as its files change, besides the configured retries;
+- a label that moves to a version that is not loaded yet names the one before until it is.
 """
 
 import threading
@@ -79,11 +80,26 @@ class VersionStatus:
 class _Model(Generic[S]):
     config: ModelConfig
     versions: dict[int, Version[S]] = field(default_factory=dict)
+    moved_labels: dict[str, int] = field(default_factory=dict)  # what a label named before it moved
     removed: bool = False
     complaint: str = ""
 
     def available(self) -> list[int]:
         return [number for number, version in self.versions.items() if version.state is State.AVAILABLE]
+
+    def labelled(self, label: str) -> int:
+        """The version that a configured label names now."""
+        number, before = self.config.labels[label], self.moved_labels.get(label)
+        available = self.available()
+        return before if before in available and number not in available else number
+
+    def configure(self, config: ModelConfig) -> None:
+        self.moved_labels = {label: self.labelled(label) for label in self.config.labels if label in config.labels}
+        self.config = config
+
+    def held_by_labels(self) -> set[int]:
+        """Versions that stay, wanted or not, because the one that is to take a label over is not there yet."""
+        return {self.labelled(label) for label, number in self.config.labels.items() if self.labelled(label) != number}
 
 
 class Lease(Generic[S]):
@@ -226,7 +242,7 @@ class Manager(Generic[S]):
     def _labelled(self, model: _Model[S] | None, label: str) -> int:
         if model is None or label not in model.config.labels:
             raise ServingError(Code.INVALID_ARGUMENT, f"Unrecognized servable version label: {label}")
-        return model.config.labels[label]
+        return model.labelled(label)
 
     def _check_labels(self, models: Iterable[ModelConfig]) -> None:
         """A label may be moved to a loaded version only, so that no client that uses it loses its model."""
@@ -259,7 +275,7 @@ class Manager(Generic[S]):
                 self._retired.append(model)
             for name, config in wanted.items():
                 if name in self._models:
-                    self._models[name].config = config
+                    self._models[name].configure(config)
                 else:
                     self._models[name] = _Model(config)
         self._announce()
@@ -385,7 +401,8 @@ class Manager(Generic[S]):
     def _retire(self, model: _Model[S], keep: set[int]) -> None:
         """Let versions go that are not to stay; the last available one goes only with its model."""
         with self._lock:
-            going = [v for v in model.versions.values() if v.state is State.AVAILABLE and v.number not in keep]
+            staying = keep if model.removed else keep | model.held_by_labels()
+            going = [v for v in model.versions.values() if v.state is State.AVAILABLE and v.number not in staying]
             if not keep and not model.removed:
                 going = []
             for version in going:

@@ -155,7 +155,7 @@ class Server:
         period_s = self._flags.model_config_file_poll_wait_seconds
         if not self._flags.model_config_file or not period_s:
             return
-        current = self._models
+        current, complaint = self._models, ""
         while not self._stop.wait(period_s):
             try:
                 models = config.read_file(Path(self._flags.model_config_file))
@@ -163,8 +163,11 @@ class Server:
                     manager.reconfigure(models)
                     current = models
                     log.info("config_reloaded", models=[model.name for model in models])
+                complaint = ""
             except (UsageError, ServingError) as err:
-                log.error("config_not_reloaded", reason=str(err))  # noqa: TRY400 - the reason is the whole story
+                if str(err) != complaint:  # once, not at every look
+                    complaint = str(err)
+                    log.error("config_not_reloaded", reason=complaint)  # noqa: TRY400 - the reason is the whole story
 
 
 def leave(status: int) -> None:

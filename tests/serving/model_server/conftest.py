@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -206,6 +207,59 @@ class ServerProcess:
             except subprocess.TimeoutExpired:
                 self.process.kill()
         return self.process.wait()
+
+
+def request_for(name: str, signature: str = "", label: str = "", **inputs: Any) -> Any:
+    """A PredictRequest, of one blank image unless other inputs are given."""
+    import tensorflow as tf
+    from tensorflow_serving.apis import predict_pb2
+
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = name, signature
+    if label:
+        request.model_spec.version_label = label
+    for alias, value in (inputs or {"images": np.zeros((1, 28, 28), np.uint8)}).items():
+        request.inputs[alias].CopyFrom(tf.make_tensor_proto(value))
+    return request
+
+
+class Load:
+    """Threads that ask for one image after the other until told to stop; every answer and failure is kept."""
+
+    def __init__(
+        self, server: ServerProcess, name: str, threads: int = 4, label: str = "", pause_s: float = 0.0
+    ) -> None:
+        self.digits: list[int] = []
+        self.failures: list[grpc.RpcError] = []
+        self.stopped = threading.Event()
+        self._request, self._pause_s = request_for(name, label=label), pause_s
+        self._threads = [threading.Thread(target=self._ask, args=(server,)) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, server: ServerProcess) -> None:
+        from tensorflow_serving.apis import prediction_service_pb2_grpc
+
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(server.channel)
+        while not self.stopped.wait(self._pause_s):
+            try:
+                response = stub.Predict(self._request, timeout=20)
+                assert response.outputs["digit"].int64_val[0] == response.model_spec.version.value
+                self.digits.append(response.model_spec.version.value)
+            except grpc.RpcError as err:
+                self.failures.append(err)
+
+    def answered(self, version: int) -> None:
+        """Wait until this version answers."""
+        deadline = time.monotonic() + 30
+        while version not in self.digits[-20:]:
+            assert time.monotonic() < deadline, self.failures
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        self.stopped.set()
+        for thread in self._threads:
+            thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -16,22 +16,15 @@ from tensorflow_serving.apis import (
     get_model_status_pb2,
     model_management_pb2,
     model_service_pb2_grpc,
-    predict_pb2,
     prediction_log_pb2,
     prediction_service_pb2_grpc,
 )
 from tensorflow_serving.config import model_server_config_pb2
 
+from tests.serving.model_server.conftest import Load, request_for
+
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-def request_for(name, signature="", **inputs):
-    request = predict_pb2.PredictRequest()
-    request.model_spec.name, request.model_spec.signature_name = name, signature
-    for alias, value in (inputs or {"images": np.zeros((1, 28, 28), np.uint8)}).items():
-        request.inputs[alias].CopyFrom(tf.make_tensor_proto(value))
-    return request
 
 
 def health(server, service):
@@ -39,40 +32,6 @@ def health(server, service):
         return health_pb2_grpc.HealthStub(server.channel).Check(health_pb2.HealthCheckRequest(service=service)).status
     except grpc.RpcError as err:
         return err.code()
-
-
-class Load:
-    """Threads that ask for one image after the other until told to stop; every answer and failure is kept."""
-
-    def __init__(self, server, name, threads=4):
-        self.digits, self.failures = [], []
-        self.stopped = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(server, name)) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
-
-    def _ask(self, server, name):
-        stub = prediction_service_pb2_grpc.PredictionServiceStub(server.channel)
-        request = request_for(name)
-        while not self.stopped.is_set():
-            try:
-                response = stub.Predict(request, timeout=20)
-                assert response.outputs["digit"].int64_val[0] == response.model_spec.version.value
-                self.digits.append(response.model_spec.version.value)
-            except grpc.RpcError as err:
-                self.failures.append(err)
-
-    def answered(self, version):
-        """Wait until this version answers."""
-        deadline = time.monotonic() + 30
-        while version not in self.digits[-20:]:
-            assert time.monotonic() < deadline, self.failures
-            time.sleep(0.02)
-
-    def stop(self):
-        self.stopped.set()
-        for thread in self._threads:
-            thread.join()
 
 
 MODELS = ("upgrade", "bad", "half", "loss", "warm", "cold", "late")

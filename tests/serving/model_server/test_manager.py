@@ -245,6 +245,21 @@ def test_labels_name_versions_and_move_to_loaded_ones_only(manage, tmp_path):
     assert manager.acquire("m", label="stable").number == 2
 
 
+def test_a_label_moves_when_its_version_is_there_and_not_before(manage, tmp_path):
+    """Even where labels may name what is not loaded: whoever asks by label is never left without a version."""
+    put(tmp_path, 1)
+    manager = manage(ModelConfig("m", tmp_path, Specific(frozenset({1})), {"stable": 1}), labels_may_dangle=True)
+    until(lambda: states(manager) == {1: State.AVAILABLE})
+    put(tmp_path, 2, "bad")
+    manager.reconfigure([ModelConfig("m", tmp_path, Specific(frozenset({2, 3})), {"stable": 2})])
+    put(tmp_path, 3)
+    until(lambda: states(manager) == {1: State.AVAILABLE, 2: State.END, 3: State.AVAILABLE})
+    assert manager.acquire("m", label="stable").number == 1
+    (tmp_path / "2" / "saved_model.pb").write_text("mended")
+    until(lambda: states(manager).get(2) is State.AVAILABLE)
+    assert manager.acquire("m", label="stable").number == 2
+
+
 def test_a_new_configuration_adds_and_removes_models(manage, tmp_path):
     """It returns when the new model answers; the removed one is unloaded."""
     put(tmp_path / "a", 1)
