@@ -13,6 +13,7 @@ come through byte for byte.
 import contextlib
 import io
 import math
+import zlib
 from dataclasses import dataclass
 from typing import Final
 
@@ -59,6 +60,9 @@ _SIGNATURES: Final = (
     (b"II+\0", "TIFF"),
     (b"MM\0+", "TIFF"),
 )
+_PNG_28_GREY: Final = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x1c\0\0\0\x1c\x08\0\0\0\0\x57\x66\x80\x48"
+_PNG_END: Final = b"\0\0\0\0IEND\xae\x42\x60\x82"
+_FAINT: Final = bytes(range(int(_MIN_CONTRAST)))
 _READ: Final = "PNG, JPEG, WebP, BMP, GIF or TIFF"
 
 
@@ -99,6 +103,34 @@ def from_raw(data: bytes) -> U8:
             f"send a {_READ} picture for any other size"
         )
     return np.frombuffer(data, np.uint8).reshape(IMAGE_HEIGHT, IMAGE_WIDTH)
+
+
+def read_small_png(data: bytes) -> bytes | None:
+    """Like ``read_digit`` for the plainest of PNGs, 28x28 in 8 grey levels on pure black, in a third of the time.
+
+    Returns:
+        The canonical 784 bytes, or None for anything unusual: let ``read_digit`` look at it.
+    """
+    length = int.from_bytes(data[33:37])
+    end = 41 + length
+    if (
+        not data.startswith(_PNG_28_GREY)
+        or len(data) != end + 4 + len(_PNG_END)
+        or data[37:41] != b"IDAT"
+        or not data.endswith(_PNG_END)
+        or zlib.crc32(data[37:end]) != int.from_bytes(data[end : end + 4])
+    ):
+        return None
+    try:
+        pixels = Image.frombytes("L", (IMAGE_WIDTH, IMAGE_HEIGHT), data[41:end], "zip", "L", 0).tobytes()
+    except Exception:  # noqa: BLE001 - Pillow's decoders raise whatever a damaged file leads them to
+        return None
+    # Most of the edge is pure paper, as _settle_polarity wants it, and some pixel stands out: it changes nothing then.
+    edge = pixels[:IMAGE_WIDTH] + pixels[-IMAGE_WIDTH:] + pixels[IMAGE_WIDTH:-IMAGE_WIDTH:IMAGE_WIDTH]
+    edge += pixels[2 * IMAGE_WIDTH - 1 : -IMAGE_WIDTH : IMAGE_WIDTH]
+    if edge.count(0) <= len(edge) // 2 or not pixels.translate(None, _FAINT):
+        return None
+    return pixels
 
 
 # --- bytes -> grey ----------------------------------------------------------------------------------------------------

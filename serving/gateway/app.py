@@ -1,6 +1,6 @@
 """The gateway's parts, put together once and handed to both adapters, and what every request leaves behind."""
 
-import os
+import random
 import re
 import time
 from typing import Final
@@ -110,4 +110,4 @@ def request_id_from(sent: str | None) -> str:
     """The client's own request id if it is sane (letters, digits and ``._:+/=@-``, at most 128), else a new one."""
     if sent is not None and _SANE_REQUEST_ID.fullmatch(sent):
         return sent
-    return os.urandom(10).hex()
+    return f"{random.getrandbits(80):020x}"

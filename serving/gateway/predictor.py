@@ -40,32 +40,66 @@ class Answer(NamedTuple):
     model_version: str
 
 
-class Waiting(asyncio.Future[list[Answer]]):
-    """A caller's place; awaited, its answers, one for each image. Cancel it, or the task that awaits it, to leave."""
+class Place:
+    """A caller's place among those that wait. Subclass it to say what is to happen when its answers are there.
+
+    Args:
+        images_u8: Canonical images, one after another, ``count * 784`` bytes.
+        count: How many, at least 1.
+        deadline: ``time.monotonic()`` seconds. Once it has passed the images are never sent upstream.
+        version: Which version of the model is to answer. Only calls for the same one go upstream together.
+        trial: Most of the images are no digits; their answers are not counted among the predictions.
+    """
+
+    __slots__ = ("arrived", "count", "deadline", "images_u8", "over", "trial", "version")
 
     def __init__(
-        self,
-        owner: "Predictor",
-        images_u8: bytes,
-        count: int,
-        arrived: float,
-        deadline: float,
-        version: Version = LATEST,
-        trial: bool = False,
+        self, images_u8: bytes, count: int, deadline: float, version: Version = LATEST, trial: bool = False
     ) -> None:
-        super().__init__(loop=owner.loop)
-        self.owner = owner
         self.images_u8 = images_u8
         self.count = count
-        self.arrived = arrived
         self.deadline = deadline
         self.version = version
         self.trial = trial
+        self.arrived = 0.0
+        self.over = False
+        """Answered, refused or left: nothing happens any more."""
+
+    def answered(self, answers: list[Answer]) -> None:
+        """One answer for each image. Called in the event loop, once, unless ``refused`` is."""
+        raise NotImplementedError
+
+    def refused(self, err: Exception) -> None:
+        """There will be no answers. ``err`` is a DigitsError, or a defect."""
+        raise NotImplementedError
+
+
+class Waiting(asyncio.Future[list[Answer]]):
+    """A place one can await. Cancel it, or the task that awaits it, to leave."""
+
+    def __init__(self, predictor: "Predictor", place: "_Awaited") -> None:
+        super().__init__(loop=predictor.loop)
+        self._predictor = predictor
+        self._place = place
 
     def cancel(self, msg: object = None) -> bool:
         """Leave; a place in the queue is free at once."""
-        self.owner.leave(self)
+        self._predictor.leave(self._place)
         return super().cancel(msg)
+
+
+class _Awaited(Place):
+    __slots__ = ("future",)
+
+    future: Waiting
+
+    def answered(self, answers: list[Answer]) -> None:
+        if not self.future.done():
+            self.future.set_result(answers)
+
+    def refused(self, err: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(err)
 
 
 class Predictor:
@@ -76,7 +110,7 @@ class Predictor:
         metrics: Where waits, batches, refusals and answers are counted.
         max_batch: Most images in one upstream call; a single caller with more goes alone.
         max_calls: Most upstream calls under way at once.
-        max_queue: Most images waiting.
+        max_queue: Most images place.
     """
 
     def __init__(
@@ -95,8 +129,8 @@ class Predictor:
         self._max_batch = max_batch
         self._max_calls = max_calls
         self._max_queue = max_queue
-        self._queue: OrderedDict[Waiting, None] = OrderedDict()
-        self._calls: dict[asyncio.Task[None], list[Waiting]] = {}
+        self._queue: OrderedDict[Place, None] = OrderedDict()
+        self._calls: dict[asyncio.Task[None], list[Place]] = {}
         self._dispatch_is_due = False
         self._seen = self._turns = 0
         self._last_call = 0.0
@@ -108,14 +142,7 @@ class Predictor:
     def submit(
         self, images_u8: bytes, count: int, deadline: float, version: Version = LATEST, *, trial: bool = False
     ) -> Waiting:
-        """Take a place for ``count`` images (``count * 784`` bytes); await what comes back for their answers.
-
-        Args:
-            images_u8: Canonical images, one after another.
-            count: How many, at least 1.
-            deadline: ``time.monotonic()`` seconds. Once it has passed the images are never sent upstream.
-            version: Which version of the model is to answer. Only calls for the same one go upstream together.
-            trial: Most of the images are no digits; their answers are not counted among the predictions.
+        """Take a place for ``count`` images; await what comes back for their answers. Arguments as of ``Place``.
 
         Raises:
             UpstreamTimeout: The deadline has passed already.
@@ -124,27 +151,42 @@ class Predictor:
 
         What is awaited raises these too, and whatever else the upstream call did.
         """
-        if len(images_u8) != count * contract.IMAGE_BYTES or count < 1:
-            raise ValueError(f"expected {count} images of {contract.IMAGE_BYTES} bytes, came {len(images_u8)} bytes")
+        place = _Awaited(images_u8, count, deadline, version, trial)
+        place.future = Waiting(self, place)
+        self.enter(place)
+        return place.future
+
+    def enter(self, place: Place) -> None:
+        """Take a place; its ``answered`` or ``refused`` is called later. A future costs more: this is for hot paths.
+
+        Raises:
+            UpstreamTimeout, Overloaded, ModelUnavailable: As ``submit``; nothing is called then.
+        """
+        count = place.count
+        if len(place.images_u8) != count * contract.IMAGE_BYTES or count < 1:
+            raise ValueError(
+                f"expected {count} images of {contract.IMAGE_BYTES} bytes, came {len(place.images_u8)} bytes"
+            )
         now = time.monotonic()
-        if deadline <= now:
+        if place.deadline <= now:
             raise _expired()
         if self._closed:
             raise ModelUnavailable("this gateway is shutting down; try again")
         if self.queued_images and self.queued_images + count > self._max_queue:
             self._metrics.shed("queue_full")
             raise Overloaded(f"{self.queued_images} images are waiting already; try again later", self._retry_after_s())
-        waiting = Waiting(self, images_u8, count, now, deadline, version, trial)
-        self._queue[waiting] = None
+        place.arrived = now
+        self._queue[place] = None
         self.queued_images += count
-        self._wake()
-        return waiting
+        if not self._dispatch_is_due or not self._ticking:
+            self._wake()
 
-    def leave(self, waiting: Waiting) -> None:
+    def leave(self, place: Place) -> None:
         """Free the place of a caller that has gone."""
-        if waiting in self._queue:
-            del self._queue[waiting]
-            self.queued_images -= waiting.count
+        place.over = True
+        if place in self._queue:
+            del self._queue[place]
+            self.queued_images -= place.count
 
     async def close(self) -> None:
         """Refuse new calls and wait for those that are in."""
@@ -185,9 +227,9 @@ class Predictor:
                 task = self.loop.create_task(self._call(batch))
                 self._calls[task] = batch
 
-    def _next_batch(self) -> list[Waiting]:
+    def _next_batch(self) -> list[Place]:
         now = time.monotonic()
-        batch: list[Waiting] = []
+        batch: list[Place] = []
         count = 0
         while self._queue:
             first = next(iter(self._queue))
@@ -196,7 +238,7 @@ class Predictor:
             self._queue.popitem(last=False)
             self.queued_images -= first.count
             if first.deadline <= now:
-                first.set_exception(_expired())
+                _refuse(first, _expired())
             else:
                 batch.append(first)
                 count += first.count
@@ -204,12 +246,12 @@ class Predictor:
             self._metrics.batch(count, now - batch[0].arrived)
         return batch
 
-    async def _call(self, batch: list[Waiting]) -> None:
+    async def _call(self, batch: list[Place]) -> None:
         started = time.monotonic()
-        count = sum(waiting.count for waiting in batch)
+        count = sum(place.count for place in batch)
         try:
-            images_u8 = b"".join([waiting.images_u8 for waiting in batch])
-            found = await self._predict(images_u8, count, max(waiting.deadline for waiting in batch), batch[0].version)
+            images_u8 = b"".join([place.images_u8 for place in batch])
+            found = await self._predict(images_u8, count, max(place.deadline for place in batch), batch[0].version)
             self._answer(batch, found)
             if not any(waiting.trial for waiting in batch):
                 self._metrics.inputs(images_u8)
@@ -227,12 +269,12 @@ class Predictor:
             if self._queue:
                 self._wake()
 
-    def _answer(self, batch: list[Waiting], found: Predictions) -> None:
+    def _answer(self, batch: list[Place], found: Predictions) -> None:
         rows = found.probabilities  # (N, 10)
         digits = rows.argmax(axis=1)  # (N,)
         confidences = rows.max(axis=1)  # (N,)
-        if any(waiting.trial for waiting in batch):
-            counted = np.repeat([not waiting.trial for waiting in batch], [waiting.count for waiting in batch])  # (N,)
+        if any(place.trial for place in batch):
+            counted = np.repeat([not place.trial for place in batch], [place.count for place in batch])  # (N,)
             self._metrics.predictions(digits[counted], confidences[counted], found.model_version)
         else:
             self._metrics.predictions(digits, confidences, found.model_version)
@@ -242,22 +284,23 @@ class Predictor:
             for digit, confidence, row in zip(digits.tolist(), confidences.tolist(), rows.tolist(), strict=True)
         ]
         start = 0
-        for waiting in batch:
-            stop = start + waiting.count
-            if not waiting.done():
-                waiting.set_result(answers[start:stop])
+        for place in batch:
+            stop = start + place.count
+            if not place.over:
+                place.over = True
+                place.answered(answers[start:stop])
             start = stop
 
     def _tick(self) -> None:
         """Tell callers whose deadline has passed. One timer for all is cheaper than a timer for each."""
         now = time.monotonic()
-        for waiting in [waiting for waiting in self._queue if waiting.deadline <= now]:
-            self.leave(waiting)
-            waiting.set_exception(_expired())
+        for place in [place for place in self._queue if place.deadline <= now]:
+            self.leave(place)
+            place.refused(_expired())
         for batch in self._calls.values():
-            for waiting in batch:
-                if waiting.deadline <= now and not waiting.done():
-                    waiting.set_exception(_expired())
+            for place in batch:
+                if place.deadline <= now:
+                    _refuse(place, _expired())
         if self._queue:
             self._wake()
         self._ticking = bool(self._queue or self._calls)
@@ -274,9 +317,14 @@ def _expired() -> UpstreamTimeout:
     return UpstreamTimeout("the model did not answer before the deadline; try again, or allow more time")
 
 
-def _fail(batch: list[Waiting], err: Exception, cause: BaseException | None = None) -> None:
-    for waiting in batch:
-        if not waiting.done():
-            own = copy.copy(err)  # an exception gathers the traceback of everyone who raises it
-            own.__cause__ = cause or err
-            waiting.set_exception(own)
+def _refuse(place: Place, err: Exception) -> None:
+    if not place.over:
+        place.over = True
+        place.refused(err)
+
+
+def _fail(batch: list[Place], err: Exception, cause: BaseException | None = None) -> None:
+    for place in batch:
+        own = copy.copy(err)  # an exception gathers the traceback of everyone who raises it
+        own.__cause__ = cause or err
+        _refuse(place, own)

@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import grpc
 import numpy as np
@@ -32,6 +32,7 @@ from digits.number import choose
 from serving.gateway import open_inference, tensorflow_api
 from serving.gateway.app import Gateway, request_id_from
 from serving.gateway.docs import CSS, render_docs
+from serving.gateway.lean import LeanRequest, classify_body
 from serving.gateway.page_files import PageFile, read_page
 from serving.gateway.predictor import Answer
 from serving.gateway.schema import ROUTES, PassedThroughError, Route, openapi_document
@@ -176,6 +177,9 @@ class RestApp:
     """
 
     def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.lean = True
+        """Whether ``lean.py`` may answer /classify. A feature that has to see every request sets it to False."""
         self._gateway = gateway
         self._settings = gateway.settings
         self._exact: dict[str, dict[str, Route]] = {}
@@ -198,12 +202,8 @@ class RestApp:
             return
         request = Request(scope, receive)
         self._in_flight += 1
-        error_code = ""
         try:
             response = await self._respond(request)
-        except DigitsError as err:
-            error_code = err.code
-            response = self._error(request, err)
         except _ClientGone:
             self._gone(request)
             return
@@ -213,10 +213,8 @@ class RestApp:
             if task is not None and task.cancelling():
                 raise
             return  # only the wait was cancelled, by a client that hung up
-        except Exception:  # the edge: the traceback is for the log, not for the client
-            self._gateway.log.error("defect", request_id=request.id, exc_info=True)
-            error_code = "internal"
-            response = self._error_response(request, 500, error_code, "internal error", [])
+        except Exception as err:  # noqa: BLE001 - the edge: the traceback is for the log, not for the client
+            response = self.translated(request, err)
         finally:
             self._in_flight -= 1
         headers = [
@@ -235,8 +233,6 @@ class RestApp:
         finally:
             if cork is not None:
                 cork.release()
-        if error_code:
-            request.fields["error"] = error_code
         self._finished(request, response)
 
     # --- routing ---
@@ -281,16 +277,7 @@ class RestApp:
         waiting = gateway.predictor.submit(image_u8, 1, deadline)
         request.scope[ON_DISCONNECT] = waiting.cancel
         answer = (await waiting)[0]
-        body = orjson.dumps(
-            {
-                "digit": answer.digit,
-                "confidence": answer.confidence,
-                "probabilities": answer.probabilities,
-                "model_version": answer.model_version,
-                "request_id": request.id,
-            }
-        )
-        return Response(200, [JSON], body, answer.model_version)
+        return Response(200, [JSON], classify_body(answer, request.id), answer.model_version)
 
     async def read(self, request: Request) -> Response:
         """POST /read."""
@@ -523,12 +510,34 @@ class RestApp:
             tick_s = min(0.5, self._settings.body_timeout_s / 4)
             asyncio.get_running_loop().call_later(tick_s, self._sweep)
 
+    # --- the lean way ---
+
+    def lean_began(self, request: LeanRequest) -> None:
+        """``lean.py`` has begun to answer."""
+        request.protocol.lean = request
+        request.protocol.cycle = cast(Any, request)
+        self._in_flight += 1
+
+    def lean_ended(self, request: LeanRequest, status: int, model_version: str = "") -> None:
+        """``lean.py`` has answered, or its client has gone."""
+        self._in_flight -= 1
+        self._finished(request, Response(status, [], b"", model_version))
+
+    def translated(self, request: Request | LeanRequest, err: Exception) -> Response:
+        """The answer to a request that failed."""
+        if isinstance(err, DigitsError):
+            request.fields["error"] = err.code
+            return self._error(request, err)
+        request.fields["error"] = "internal"
+        self._gateway.log.error("defect", request_id=request.id, exc_info=err)
+        return self._error_response(request, 500, "internal", "internal error", [])
+
     # --- endings ---
 
-    def _error(self, request: Request, err: DigitsError) -> Response:
+    def _error(self, request: Request | LeanRequest, err: DigitsError) -> Response:
         status = next((STATUS[kind] for kind in type(err).__mro__ if kind in STATUS), 500)
         if status == 500:
-            self._gateway.log.error("defect", request_id=request.id, exc_info=True)
+            self._gateway.log.error("defect", request_id=request.id, exc_info=err)
             return self._error_response(request, 500, "internal", "internal error", [])
         headers: Headers = []
         if isinstance(err, Overloaded | ModelUnavailable) and err.retry_after_s:
@@ -537,14 +546,16 @@ class RestApp:
             headers.append((b"allow", err.allowed.encode()))
         return self._error_response(request, status, err.code, str(err), headers)
 
-    def _error_response(self, request: Request, status: int, code: str, message: str, headers: Headers) -> Response:
+    def _error_response(
+        self, request: Request | LeanRequest, status: int, code: str, message: str, headers: Headers
+    ) -> Response:
         error: object = {"code": code, "message": message, "request_id": request.id}
         if request.route is not None and request.route.error_model is PassedThroughError:
             error = message
         # surrogateescape and the like never reach orjson: messages quote only what was decoded
         return Response(status, [JSON, _NO_STORE, NO_SNIFF, *headers], orjson.dumps({"error": error}))
 
-    def _finished(self, request: Request, response: Response) -> None:
+    def _finished(self, request: Request | LeanRequest, response: Response) -> None:
         route = request.route.path if request.route else "unmatched"
         self._gateway.finished(
             "rest",

@@ -10,6 +10,7 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from serving.gateway import lean
 from serving.gateway.rest import CORK, ON_DISCONNECT, RestApp
 from serving.gateway.settings import Settings
 
@@ -48,6 +49,8 @@ class RestServer(uvicorn.Server):
             backlog=2048,
         )
         super().__init__(config)
+        config.digits_rest = app  # type: ignore[attr-defined]
+        config.digits_lines = _DefaultLines()  # type: ignore[attr-defined]
         config.digits_incomplete = self.incomplete  # type: ignore[attr-defined]
         config.digits_limits_s = settings.header_timeout_s, settings.body_timeout_s + BODY_GRACE_S  # type: ignore[attr-defined]
 
@@ -106,13 +109,28 @@ class Corked:
         return getattr(self._transport, name)
 
 
+class _DefaultLines:
+    """uvicorn's default headers (the date) as they are written. It makes a new list each second."""
+
+    def __init__(self) -> None:
+        self.headers: list[tuple[bytes, bytes]] | None = None
+        self.lines = b""
+
+
 class _Protocol(HttpToolsProtocol):
-    """One connection. From its start to its headers' end, and on to its body's end, it is on the server's list."""
+    """One connection. From its start to its headers' end, and on to its body's end, it is on the server's list.
+
+    A request that ``lean`` may answer is held back from ASGI until it has come whole.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.lean: lean.LeanRequest | None = None
+        self._rest: RestApp = self.config.digits_rest  # type: ignore[attr-defined]
+        self._lines: _DefaultLines = self.config.digits_lines  # type: ignore[attr-defined]
         self._incomplete: dict[_Protocol, float] = self.config.digits_incomplete  # type: ignore[attr-defined]
         self._header_s, self._body_s = self.config.digits_limits_s  # type: ignore[attr-defined]
+        self._held: list[bytes] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -121,23 +139,50 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._incomplete.pop(self, None)
-        cycle = self.cycle
+        cycle: Any = self.cycle
+        if self.lean is not None and not self.lean.response_complete:
+            self.lean.left()
+        if isinstance(cycle, lean.LeanRequest):
+            self.cycle = cycle = None  # type: ignore[assignment]
         super().connection_lost(exc)
         if cycle is not None and not cycle.response_complete:
-            leave = cast(dict[str, Any], cycle.scope).get(ON_DISCONNECT)
+            leave = cycle.scope.get(ON_DISCONNECT)
             if leave is not None:
                 leave()
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._held is not None:
+            self._to_asgi()  # which knows what to do about the rest of the body
+
     def on_message_begin(self) -> None:
         self._incomplete[self] = time.monotonic() + self._header_s
-        super().on_message_begin()
-        cast(dict[str, Any], self.scope)[CORK] = self._cork
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
 
     def on_headers_complete(self) -> None:
-        self._incomplete[self] = time.monotonic() + self._body_s
-        super().on_headers_complete()
+        if self.url == lean.PATH and self._may_be_lean():
+            self._held = []
+        else:
+            self._to_asgi()
+
+    def on_body(self, body: bytes) -> None:
+        if self._held is None:
+            super().on_body(body)
+            return
+        self._held.append(body)
+        if sum(map(len, self._held)) > lean.MAX_BODY_BYTES:
+            self._to_asgi()
 
     def on_message_complete(self) -> None:
+        parts = self._held
+        if parts is not None:
+            self._incomplete.pop(self, None)
+            if lean.start(self._rest, self, self.headers, parts[0] if len(parts) == 1 else b"".join(parts)):
+                self._held = None
+                return
+            self._to_asgi()
         if self.cycle.response_complete:
             # Refused before its body had come. uvicorn starts no keep-alive time then, so this does.
             self._incomplete[self] = time.monotonic() + self.timeout_keep_alive
@@ -145,7 +190,51 @@ class _Protocol(HttpToolsProtocol):
             self._incomplete.pop(self, None)
         super().on_message_complete()
 
+    def lean_complete(self, stays: bool) -> None:
+        """A lean request has been answered. The sweep ends idle connections for less than uvicorn's timers cost."""
+        self.server_state.total_requests += 1
+        if not stays:
+            self.transport.close()
+        elif self.pipeline:
+            self.on_response_complete()
+        elif not self.transport.is_closing():
+            self._incomplete[self] = time.monotonic() + self.timeout_keep_alive
+
+    def default_lines(self) -> bytes:
+        """The lines that go with every answer."""
+        if self._lines.headers is not self.server_state.default_headers:
+            self._lines.headers = self.server_state.default_headers
+            self._lines.lines = b"".join([b"%b: %b\r\n" % header for header in self._lines.headers])
+        return self._lines.lines
+
     def cut_off(self) -> None:
         """Close the connection: its request has taken too long."""
         self._incomplete.pop(self, None)
         self.transport.close()
+
+    def _may_be_lean(self) -> bool:
+        parser = self.parser
+        return (
+            self._rest.lean
+            and (self.cycle is None or self.cycle.response_complete)
+            and not self.expect_100_continue
+            and not self.flow.write_paused
+            and parser.get_method() == b"POST"
+            and parser.get_http_version() == "1.1"
+            and parser.should_keep_alive()
+            and not parser.should_upgrade()
+        )
+
+    def _to_asgi(self) -> None:
+        """Give the request whose headers have come to ASGI, with what there is of its body."""
+        parts, self._held = self._held, None
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.headers, self.expect_100_continue = url, headers, expects
+        scope = cast(dict[str, Any], self.scope)
+        scope["headers"] = headers
+        scope[CORK] = self._cork
+        self._incomplete[self] = time.monotonic() + self._body_s
+        super().on_headers_complete()
+        for part in parts or ():
+            super().on_body(part)
