@@ -47,49 +47,99 @@ def stream(
     terminal: TextIO | None = None,
     hide: Callable[[str], bool] = lambda _line: False,
 ) -> Finished:
-    """Run a command to its end.
+    """Run a command to its end. See ``Command`` for ``cwd``, ``env`` and ``terminal``, ``follow`` for the rest."""
+    with Command(command, cwd=cwd, env=env, terminal=terminal) as running:
+        return running.follow(timeout_s=timeout_s, on_line=on_line, hide=hide)
+
+
+class Command:
+    """A command under way, on a leash and in a session of its own. A context manager: it is ended when the block ends.
 
     Args:
         command: program and arguments.
         cwd: folder to run in.
-        timeout_s: it is stopped after so many seconds.
         env: its environment; ours when None.
-        on_line: called with each whole line it prints (stdout and stderr), colours and progress bars taken out.
         terminal: where its output goes as it comes, bytes unchanged. When this is a real terminal the command believes
             it writes to one, so its progress bars live on.
-        hide: whole lines for which this is true do not go to ``terminal``.
+        listens: it has an open stdin, for ``tell``.
     """
-    with _controlling_terminal(terminal) as (master, slave_path):
-        live = False
-        if terminal is not None and terminal.isatty() and master is not None:
-            live = True
-            write_end = os.open(slave_path, os.O_RDWR | os.O_NOCTTY)
-            read_end = master
-        else:
-            read_end, write_end = os.pipe()
-        process = subprocess.Popen(
-            leashed(command, slave_path),
-            cwd=cwd,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=write_end,
-            stderr=write_end,
-            start_new_session=True,
-        )
-        os.close(write_end)
-        lines = _Lines(on_line, terminal.buffer if terminal is not None else None, hide)
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        terminal: TextIO | None = None,
+        listens: bool = False,
+    ) -> None:
+        self._shown_on = terminal
+        with contextlib.ExitStack() as stack:
+            master, slave_path = stack.enter_context(_controlling_terminal(terminal))
+            if terminal is not None and terminal.isatty() and master is not None:
+                self._read_end, write_end = master, os.open(slave_path, os.O_RDWR | os.O_NOCTTY)
+            else:
+                self._read_end, write_end = os.pipe()
+                stack.callback(os.close, self._read_end)
+            try:
+                self._process = subprocess.Popen(
+                    leashed(command, slave_path),
+                    cwd=cwd,
+                    env=env,
+                    stdin=subprocess.PIPE if listens else subprocess.DEVNULL,
+                    stdout=write_end,
+                    stderr=write_end,
+                    start_new_session=True,
+                )
+            finally:
+                os.close(write_end)
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> "Command":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def tell(self, text: str) -> None:
+        """Write to its stdin and close that."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+            stdin.write(text.encode())
+
+    def follow(
+        self,
+        *,
+        timeout_s: float,
+        on_line: Callable[[str], None] = lambda _line: None,
+        hide: Callable[[str], bool] = lambda _line: False,
+    ) -> Finished:
+        """Show what it prints, until it has ended or ``timeout_s`` have passed: then it is stopped.
+
+        Args:
+            timeout_s: counted from now.
+            on_line: called with each whole line it prints (stdout and stderr), colours and progress bars taken out.
+            hide: whole lines for which this is true do not go to the terminal.
+        """
+        lines = _Lines(on_line, self._shown_on.buffer if self._shown_on is not None else None, hide)
         deadline = time.monotonic() + timeout_s
         timed_out = False
         try:
-            for chunk in _chunks(read_end, process, deadline):
+            for chunk in _chunks(self._read_end, self._process, deadline):
                 lines.feed(chunk)
-            timed_out = process.poll() is None and time.monotonic() >= deadline
+            timed_out = self._process.poll() is None and time.monotonic() >= deadline
         finally:
-            stop_session(process)
-            if not live:
-                os.close(read_end)
+            self.stop()
         lines.close()
-        return Finished(process.returncode, tuple(lines.tail), timed_out)
+        return Finished(self._process.returncode, tuple(lines.tail), timed_out)
+
+    def stop(self) -> None:
+        """End it and what it started, if it has not ended."""
+        stop_session(self._process)
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        self._open.close()
 
 
 def stop_session(process: "subprocess.Popen[bytes]", grace_s: float = _STOP_GRACE_S) -> None:

@@ -31,11 +31,12 @@ def release(settings: Settings) -> int:
         pass  # the flow holds it; asked here so that a second release is refused before a server is started for it
     prefect_server.prepare_environment(settings)
     with prefect_server.server(settings):
-        from pipelines import flows  # takes seconds, meanwhile the server starts
+        from pipelines.flows.hooks import REJECTED  # takes seconds, meanwhile the server starts
+        from pipelines.flows.release import release as flow
 
         prefect_server.wait_until_ready(settings)
-        state = flows.release(str(settings.project), watched=True, return_state=True)
-        if state.name == flows.REJECTED:
+        state = flow(str(settings.project), watched=True, return_state=True)
+        if state.name == REJECTED:
             print_verdict(read_verdict(settings))
             return EXIT_REJECTED
         done = _result(state)

@@ -42,7 +42,7 @@ def schedule(settings: Settings, cron: str, name: str) -> None:
         from prefect.client.schemas.schedules import CronSchedule
         from prefect.runner import Runner
 
-        from pipelines.flows import release
+        from pipelines.flows.release import release
 
         try:
             when = CronSchedule(cron=cron, timezone="UTC")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from digits import contract
@@ -62,6 +62,9 @@ class Settings(BaseSettings):
     stage_timeout_s: Seconds = 4 * 3600.0
     """A DVC stage that takes longer is stopped and the release fails."""
 
+    step_timeout_s: Seconds = 3600.0
+    """Any other step of a flow (ingest, publish, promote, a backup) that takes longer is stopped and the flow fails."""
+
     verify_timeout_s: Seconds = 300.0
     """For loading and querying a candidate in a fresh process before it is published."""
 
@@ -73,6 +76,16 @@ class Settings(BaseSettings):
 
     prefect_port: Port = 4200
     """Where `pipelines schedule` shows Prefect's UI, when it runs a server of its own. Taken: any free port."""
+
+    artifacts_url: str = ""
+    """Where people's browsers find the folder ``artifacts/``: links in Prefect's UI start with it. Default: the folder
+    itself (``file:``), which a browser opens on this machine only."""
+
+    notify_url: SecretStr | None = None
+    """A webhook: told of each release that was published, rejected or failed, and of each failed maintenance."""
+
+    notify_timeout_s: Seconds = 20.0
+    """How long to try to reach the webhook, over all attempts."""
 
     ready_timeout_s: Seconds = 180.0
     """How long ``pipelines run`` waits until the gateway is ready, once a version is published."""

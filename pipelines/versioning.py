@@ -29,6 +29,10 @@ class VersioningError(DigitsError):
     code = "versioning"
 
 
+class Locked(VersioningError):
+    """Another DVC command is at work here."""
+
+
 @contextlib.contextmanager
 def open_repo(settings: Settings) -> Iterator[Any]:
     """The project's ``dvc.repo.Repo``; DVC's own errors come out as ``VersioningError`` with what to do."""
@@ -50,7 +54,7 @@ def open_repo(settings: Settings) -> Iterator[Any]:
             "'git init' here"
         ) from err
     except LockError as err:
-        raise VersioningError("another DVC command is at work in this project; wait until it has finished") from err
+        raise Locked("another DVC command is at work in this project; wait until it has finished") from err
     except DvcException as err:
         raise VersioningError(f"DVC: {' '.join(str(err).split())}") from err
 
@@ -226,6 +230,19 @@ def stages_in_order(settings: Settings) -> list[Stage]:
             )
             for node in ordered
         ]
+
+
+def stage_changed(settings: Settings, name: str) -> bool:
+    """Whether ``dvc repro --single-item NAME`` would do anything.
+
+    Raises:
+        Locked: another DVC command is at work.
+        VersioningError: there is no such stage.
+    """
+    with open_repo(settings) as repo:
+        (stage,) = repo.stage.collect(name)
+        with repo.lock:
+            return bool(stage.changed())
 
 
 def changed_stages(repo: Any) -> set[str]:

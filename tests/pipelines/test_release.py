@@ -1,5 +1,6 @@
 """The release flow: DVC's stages in DVC's order, one release at a time, and nothing published that was not approved."""
 
+import http.server
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,10 +123,74 @@ def test_rejected_candidate_ends_in_a_state_of_that_name(released: Path, prefect
     assert versions(released) == ["1", "2"]
     body = {"flow_runs": {"id": {"any_": [last_run(prefect_url)["id"]]}}}
     artifacts = {a["key"]: a for a in httpx.post(f"{prefect_url}/artifacts/filter", json=body).json()}
-    assert set(artifacts) == {"metrics", "decision", "published", "lineage"}
+    assert set(artifacts) == {"metrics", "evaluation", "evaluation-files", "decision", "published", "lineage"}
+    assert "![Confusion matrix](data:image/png;base64,iVBORw0KGgo" in artifacts["evaluation"]["data"]
     assert {"metric": "accuracy", "value": 0.98} in json.loads(artifacts["metrics"]["data"])
     assert "| ✓ | accuracy | 0.98 | 0.9 | the floor |" in artifacts["decision"]["data"]
     assert "| commit | `" in artifacts["published"]["data"]
+
+
+class Webhook:
+    """A receiver on a free port that refuses the first calls with 503."""
+
+    def __init__(self, refusals: int) -> None:
+        self.calls: list[dict] = []
+        webhook = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                webhook.calls.append({"path": self.path, **body})
+                self.send_response(503 if len(webhook.calls) <= refusals else 204)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/hooks/s3cret-token"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def webhook() -> Iterator[Webhook]:
+    receiver = Webhook(refusals=1)
+    yield receiver
+    receiver.server.shutdown()
+    receiver.server.server_close()
+
+
+def test_webhook_is_told_of_what_matters_and_its_secret_stays_secret(
+    released: Path, prefect_url: str, webhook: Webhook
+) -> None:
+    """A rejection, a publication and a failure, each once it listens again; nothing when nothing changed."""
+    environment = {"PREFECT_API_URL": prefect_url, "DIGITS_NOTIFY_URL": webhook.url}
+    said = ""
+    for weights, accuracy, code in (("first", 0.99, 0), ("worse", 0.42, 3), ("better", 0.98, 0), ("broken", 0.98, 1)):
+        (released / "weights.txt").write_text(weights)
+        (released / "accuracy.txt").write_text(str(accuracy))
+        done = run(released, "pipelines", "release", **environment)
+        assert done.returncode == code, done.stderr
+        said += done.stdout + done.stderr
+    events = [call["event"] for call in webhook.calls]
+    assert events == ["release.rejected", "release.rejected", "release.published", "release.failed"]  # one refused
+    assert {call["path"] for call in webhook.calls} == {"/hooks/s3cret-token"}
+    assert "accuracy is below its floor; the served version stays" in webhook.calls[1]["text"]
+    assert "version 2 is published" in webhook.calls[2]["text"]
+    assert "the loss is not a number" in webhook.calls[3]["text"]
+    assert webhook.calls[2]["url"].endswith(f"/runs/flow-run/{webhook.calls[2]['run_id']}")
+    logs = httpx.post(f"{prefect_url}/logs/filter", json={"limit": 200}).text
+    assert "s3cret" not in said + logs
+
+
+def test_webhook_that_does_not_listen_fails_nothing(toy: Path, prefect_url: str) -> None:
+    """One line names its host, not its path."""
+    nowhere = {"DIGITS_NOTIFY_URL": "http://127.0.0.1:9/s3cret-token", "DIGITS_NOTIFY_TIMEOUT_S": "1"}
+    level = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING"}
+    done = run(toy, "pipelines", "release", PREFECT_API_URL=prefect_url, **nowhere, **level)
+    assert done.returncode == 0, done.stderr
+    assert "the webhook at 127.0.0.1 was not told: ConnectError" in done.stderr
+    assert "s3cret" not in done.stdout + done.stderr
 
 
 def test_failing_stage_stops_the_flow_with_its_own_last_line(toy: Path, prefect_url: str) -> None:

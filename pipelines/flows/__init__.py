@@ -1,0 +1,1 @@
+"""The Prefect flows. Importing one imports Prefect, which takes seconds."""

@@ -1,0 +1,121 @@
+"""The release flow: get the data, run the DVC stages, publish what the gate approves.
+
+DVC owns what depends on what: the stages and their order are read from its graph, and each runs as ``dvc repro -s``. So
+the flow and a bare ``dvc repro`` find each other's work done. Prefect owns retries, side effects and what people see.
+"""
+
+import time
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, State
+
+from pipelines import versioning
+from pipelines.candidate import read_verdict
+from pipelines.flows import artifacts
+from pipelines.flows.hooks import REJECTED, settings_of, tell_webhook
+from pipelines.flows.steps import say, terminal, watch
+from pipelines.ingest import Ingested
+from pipelines.ingest import ingest as run_ingest
+from pipelines.locks import only_one
+from pipelines.publish import Published, record_champion
+from pipelines.publish import publish as run_publish
+from pipelines.settings import Settings
+from pipelines.stages import GATE, StageBusy, StageKilled, StageReport, Stages
+from pipelines.text import duration
+
+RELEASE_LOCK = "release.lock"
+"""In the run folder: one release at a time."""
+
+
+def _worth_another_try(_task: Any, _run: Any, state: State) -> bool:
+    try:
+        state.result()
+    except (StageBusy, StageKilled):
+        return True
+    except Exception:  # noqa: BLE001  # any other failure is final
+        return False
+    return False
+
+
+@task(name="ingest", cache_policy=NO_CACHE)
+def ingest(settings: Settings) -> Ingested:
+    """Raw data in place and verified. A changed file stops the release: it is for a person to say what to do."""
+    done = run_ingest(settings, repair=False, tell=say)
+    say(f"✓ ingest      {done.source}, data.dvc {done.data_hash}")
+    return done
+
+
+@task(
+    name="stage",
+    task_run_name="{name}",
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=[5, 15, 45],
+    retry_condition_fn=_worth_another_try,
+)
+def run_stage(settings: Settings, stages: Stages, name: str) -> StageReport:
+    """One stage of dvc.yaml, brought up to date."""
+    report = stages.bring_up_to_date(name, on_start=lambda: say(f"▸ {name}"), on_line=get_run_logger().info)
+    say(f"✓ {name:<11} {duration(report.duration_s)}" if report.ran else f"– {name:<11} up to date")
+    artifacts.show_stage(settings, name)
+    return report
+
+
+@task(name="publish", cache_policy=NO_CACHE)
+def publish(settings: Settings) -> Published:
+    """The approved candidate as a served version."""
+    started = time.monotonic()
+    say("▸ publish")
+    done = run_publish(settings, tell=get_run_logger().info)
+    number = done.version.number
+    say(
+        f"✓ publish     version {number} in {duration(time.monotonic() - started)}"
+        if done.new
+        else f"– publish     version {number} holds these weights already"
+    )
+    artifacts.show_published(done)
+    return done
+
+
+@flow(
+    name="release",
+    validate_parameters=False,
+    on_completion=[tell_webhook],
+    on_failure=[tell_webhook],
+    on_crashed=[tell_webhook],
+    on_cancellation=[tell_webhook],
+)
+def release(project: str | None = None, watched: bool = False) -> Any:
+    """Data to published version, doing only what is not up to date.
+
+    Args:
+        project: the repository's folder; the current one when None.
+        watched: someone is looking on: show steps, the stages' output and progress bars on stderr, besides the log.
+
+    Returns:
+        ``Published``; or the state ``Rejected`` when the gate did not approve, in which case nothing was exported or
+        published and the served version stays.
+    """
+    settings = settings_of(project)
+    watch(watched)
+    with only_one(settings.run_dir / RELEASE_LOCK, "release"), Stages(settings, terminal()) as stages:
+        return _release(settings, stages)
+
+
+def _release(settings: Settings, stages: Stages) -> Published | State:
+    if record_champion(settings):  # an earlier run was cut off between its last two steps
+        say("✓ the champion's record was missing or old: completed")
+    timed = {"timeout_seconds": settings.step_timeout_s}
+    ingest.with_options(**timed)(settings)
+    for stage in versioning.stages_in_order(settings):
+        run_stage(settings, stages, stage.name)
+        if stage.name == GATE and not (verdict := read_verdict(settings)).approved:
+            say(f"✗ rejected    {verdict.reason}")
+            return Completed(name=REJECTED, message=verdict.reason)
+    done = publish.with_options(**timed)(settings)
+    if done.new:
+        # The champion is a new one now: judge again, so that DVC finds the decision up to date.
+        run_stage.with_options(task_run_name=f"{GATE} again")(settings, stages, GATE)
+    return done
