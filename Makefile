@@ -3,6 +3,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
+TOOLS := .tools
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DO_NOT_TRACK := 1
 
@@ -12,10 +13,16 @@ help: ## list the targets
 
 # The environment is rebuilt when the lock changes.
 $(VENV)/.lock: requirements/dev.txt
-	@requirements/install $(PYTHON) $(VENV)
+	@requirements/install $(PYTHON) $(VENV) $<
+
+$(TOOLS)/.lock: requirements/tools.txt
+	@requirements/install $(PYTHON) $(TOOLS) $<
 
 .PHONY: env
 env: $(VENV)/.lock ## build .venv from the lock
+
+.PHONY: tools
+tools: $(TOOLS)/.lock ## build .tools, which checks manifests and images
 
 .PHONY: run
 run: env ## everything: data, training, publishing, serving, on http://localhost:8080
@@ -26,7 +33,7 @@ check: env ## lint, format, types, import rules
 	@ruff check . && ruff format --check . && mypy && lint-imports --no-cache && hadolint docker/*.Dockerfile
 
 .PHONY: test
-test: env ## everything that must pass
+test: env tools ## everything that must pass
 	@python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 .PHONY: stack-test
@@ -36,6 +43,10 @@ stack-test: env ## the container stack end to end; needs Docker
 .PHONY: bench
 bench: env ## side-by-side benchmarks
 	@python -m benchmarks $(ARGS)
+
+.PHONY: generated
+generated: env ## write what is made from other files: the cluster's alert rules
+	@python -m monitoring.generate
 
 .PHONY: protos
 protos: env ## generate serving/protos/*_pb2.py from the .proto files

@@ -2,6 +2,8 @@
 
 ``pipeline.py serve`` releases if nothing is published yet, then releases on the schedule of DIGITS_CRON.
 ``pipeline.py is-published`` is the container's health: exit code 0 when a version is published.
+``pipeline.py prefect …`` is Prefect's own command, in the workspace: how Prefect's workers start a flow run.
+``pipeline.py prefect-server`` is Prefect's API and UI, for other containers.
 ``pipeline.py release``, or any other command, is that of ``python -m pipelines``.
 """
 
@@ -17,6 +19,7 @@ from typing import NoReturn
 CODE = Path("/app")
 PROJECT = Path("/project")
 CHAMPION = PROJECT / "models" / "champion" / "champion.json"
+PASSWORD_FILE = "PREFECT_SERVER_DATABASE_PASSWORD_FILE"  # noqa: S105  # a variable's name
 DEFAULT_CRON = "0 3 * * *"
 
 
@@ -27,6 +30,8 @@ def main(arguments: list[str]) -> int:
             sys.stderr.write("no version is published yet\n")
             return 1
         return 0
+    if arguments == ["prefect-server"]:
+        return prefect_server()
     try:
         bring_code()
     except OSError as err:
@@ -36,6 +41,8 @@ def main(arguments: list[str]) -> int:
         )
         return 1
     os.chdir(PROJECT)
+    if arguments[:1] == ["prefect"]:
+        return become([sys.executable, "-m", *arguments])
     if arguments == ["serve"]:
         if not CHAMPION.is_file() and (code := first_release()):
             return code
@@ -46,6 +53,22 @@ def main(arguments: list[str]) -> int:
 def become(command: list[str]) -> NoReturn:
     """Run the command in place of this process, so that signals reach it."""
     os.execv(command[0], command)  # noqa: S606  # no shell is meant
+
+
+def prefect_server() -> int:
+    """Prefect's server, on all interfaces; the database's password comes from a file, not from the environment."""
+    if name := os.environ.pop(PASSWORD_FILE, ""):
+        try:
+            password = Path(name).read_text(encoding="utf-8").strip()
+        except OSError as err:
+            sys.stderr.write(
+                f"error: cannot read the database's password from {name} ({err.strerror}); {PASSWORD_FILE}\n"
+            )
+            return 1
+        os.environ[PASSWORD_FILE.removesuffix("_FILE")] = password
+    os.environ.setdefault("PREFECT_UI_STATIC_DIRECTORY", "/tmp/prefect-ui")  # noqa: S108  # all else is read-only
+    os.environ.pop("PREFECT_API_URL", None)
+    return become([sys.executable, "-m", "prefect", "server", "start", "--host", "0.0.0.0"])  # noqa: S104  # a container
 
 
 def bring_code() -> None:

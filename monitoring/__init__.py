@@ -1,0 +1,1 @@
+"""What Prometheus, Alertmanager and Grafana read, and what generates part of it."""
