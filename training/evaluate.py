@@ -8,14 +8,16 @@ import numpy as np
 from rich.console import Console
 
 from digits.contract import CLASS_COUNT
+from training.calibrate import selective_curve
 from training.model import load_model, model_sha256, predict_probabilities
 from training.params import Params
-from training.plots import draw_confusion, draw_mistakes, draw_reliability
+from training.plots import draw_confusion, draw_mistakes, draw_reliability, draw_selective
+from training.report import write_report
 from training.workspace import BadArtifact, Workspace, load_split, read_json, whole_file, write_json
 
 
 def evaluate(workspace: Workspace, params: Params, console: Console) -> None:
-    """The stage: write metrics.json, tables, pictures and predictions.npz.
+    """The stage: write metrics.json, tables, pictures, predictions.npz and report.html, which shows them all.
 
     metrics.json holds the headline figures alone, so that `dvc metrics show` fits a screen; those of each digit are in
     classes.csv.
@@ -32,6 +34,7 @@ def evaluate(workspace: Workspace, params: Params, console: Console) -> None:
     model = load_model(workspace.artifact("train", "model.keras"))
     probabilities = predict_probabilities(model, test.images)
     metrics = measure(probabilities, test.labels, params.evaluate.reliability_bins)
+    metrics.update(measure_abstention(probabilities, test.labels, float(model.get_layer("calibration").abstain_below)))
     bins, classes = metrics.pop("reliability"), metrics.pop("classes")
     predicted = probabilities.argmax(axis=1)
 
@@ -51,10 +54,11 @@ def evaluate(workspace: Workspace, params: Params, console: Console) -> None:
     title = f"{errors} of {count:,} test images misread; the {shown} surest mistakes, with confidence and index"
     draw_mistakes(out / "mistakes.png", test.images, test.labels, probabilities, params.evaluate.gallery_images, title)
     draw_reliability(out / "reliability.png", bins, metrics["ece"], count)
-    write_json(
-        out / "metrics.json",
-        {"schema": 1, "model_sha256": model_sha256(model), "test_sha256": sealed, **metrics},
-    )
+    coverage, accuracy = selective_curve(probabilities, test.labels)
+    draw_selective(out / "selective.png", coverage, accuracy, metrics["coverage"])
+    metrics = {"schema": 1, "model_sha256": model_sha256(model), "test_sha256": sealed, **metrics}
+    write_report(out, metrics, classes, test, probabilities)
+    write_json(out / "metrics.json", metrics)
     console.print(f"test accuracy {headline}; macro F1 {metrics['macro_f1']:.4f}, ECE {metrics['ece']:.4f}")
 
 
@@ -100,11 +104,32 @@ def measure(probabilities: np.ndarray, labels: np.ndarray, bin_count: int) -> di
                 "images": int(confusion[k].sum()),
                 "precision": float(precision[k]),
                 "recall": float(recall[k]),
+                "recall_low": wilson_interval(int(right[k]), int(confusion[k].sum()))[0],
+                "recall_high": wilson_interval(int(right[k]), int(confusion[k].sum()))[1],
                 "f1": float(f1[k]),
             }
             for k in range(CLASS_COUNT)
         ],
         "reliability": bins,
+    }
+
+
+def measure_abstention(probabilities: np.ndarray, labels: np.ndarray, abstain_below: float) -> dict[str, float]:
+    """What a caller gets who does without answers less sure than ``abstain_below``.
+
+    Returns:
+        abstain_below; coverage, the share of answers that remain; selective_accuracy, the share of those that is right
+        (1 when none remains), with its 95 % Wilson interval.
+    """
+    given = probabilities.max(axis=1) >= abstain_below
+    right = int((probabilities.argmax(axis=1) == labels)[given].sum())
+    low, high = wilson_interval(right, int(given.sum()))
+    return {
+        "abstain_below": abstain_below,
+        "coverage": float(given.mean()),
+        "selective_accuracy": right / int(given.sum()) if given.any() else 1.0,
+        "selective_accuracy_low": low,
+        "selective_accuracy_high": high,
     }
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from digits import contract
 from digits.errors import DigitsError
-from training.model import load_model, model_sha256, predict_probabilities
+from training.model import Calibration, load_model, model_sha256, predict_probabilities
 from training.params import Params
 from training.verify import GOLDEN_FILE, verify
 from training.workspace import Split, Workspace, load_split, read_json, write_json
@@ -176,9 +176,10 @@ class ServedPerceptron(tf.Module):
 
 
 def fold_layers(model: keras.Model) -> list[tuple[Any, ...]]:
-    """The model's dense layers as (kernel, bias, layer norm or None, activation or None), batch norm folded in.
+    """The model's dense layers as (kernel, bias, layer norm or None, activation or None), the rest folded into them.
 
-    Batch norm computes ``gamma * (x W - mean) / sqrt(variance + epsilon) + beta``, which is another W and an offset.
+    Batch norm computes ``gamma * (x W - mean) / sqrt(variance + epsilon) + beta``, which is another W and an offset;
+    the temperature divides the last W and offset.
     """
     folded: list[list[Any]] = []
     for layer in model.layers:
@@ -196,6 +197,9 @@ def fold_layers(model: keras.Model) -> list[tuple[Any, ...]]:
             folded[-1][2] = (np.asarray(layer.gamma), np.asarray(layer.beta), float(layer.epsilon))
         elif isinstance(layer, keras.layers.Activation):
             folded[-1][3] = layer.activation.__name__
+        elif isinstance(layer, Calibration):
+            temperature = np.asarray(layer.temperature, np.float64)
+            folded[-1][:2] = [(np.asarray(a, np.float64) / temperature).astype(np.float32) for a in folded[-1][:2]]
     return [tuple(entry) for entry in folded]
 
 

@@ -58,7 +58,21 @@ def build_model(params: ModelParams, precision: str) -> keras.Model:
         if params.dropout:
             x = keras.layers.Dropout(params.dropout, dtype=policy, name=f"dropout_{i}")(x)
     logits = keras.layers.Dense(CLASS_COUNT, kernel_regularizer=l2, dtype="float32", name="logits")(x)
-    return keras.Model(images, logits, name="digits")
+    return keras.Model(images, Calibration(dtype="float32", name="calibration")(logits), name="digits")
+
+
+@keras.saving.register_keras_serializable("digits")
+class Calibration(keras.layers.Layer):
+    """Divides logits by a temperature, 1 until it is fitted, and keeps the threshold of abstention with the weights."""
+
+    def build(self, _shape: Any) -> None:
+        """Make the two numbers; training does not touch them."""
+        self.temperature = self.add_weight(shape=(), initializer="ones", trainable=False, name="temperature")
+        self.abstain_below = self.add_weight(shape=(), initializer="zeros", trainable=False, name="abstain_below")
+
+    def call(self, logits: Any) -> Any:
+        """Logits (N, 10) in and out."""
+        return logits / self.temperature
 
 
 def build_schedule(params: TrainParams, total_steps: int) -> Any:
@@ -104,15 +118,16 @@ def load_model(path: Path) -> keras.Model:
         raise BadArtifact(f"{path} cannot be read as a Keras model: {err}. Run `dvc repro train`.") from err
 
 
-def build_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from uint8 images (N, 28, 28) to class probabilities float32 (N, 10).
+def build_predict(model: keras.Model, *, logits: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from uint8 images (N, 28, 28) to class probabilities, or logits, float32 (N, 10).
 
     It follows the model's weights as they change, and compiles once.
     """
 
     @tf.function(reduce_retracing=True)
     def answer(images: Any) -> Any:
-        return tf.nn.softmax(model(tf.cast(images, tf.float32), training=False))
+        answers = model(tf.cast(images, tf.float32), training=False)
+        return answers if logits else tf.nn.softmax(answers)
 
     def predict(images_u8: np.ndarray) -> np.ndarray:
         batches = range(0, len(images_u8), _PREDICT_BATCH)

@@ -81,6 +81,8 @@ class TrainParams(_Section):
     momentum: Rate
     label_smoothing: Rate
     average_share: Rate
+    abstain_share: Rate
+    """Share of the validation images that the threshold of abstention leaves unanswered."""
     precision: Literal["auto", "float32", "mixed_bfloat16"]
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 
 from digits.contract import CLASS_COUNT
-from training.figures import BLUE, GREY, STYLE, new_figure, save_figure
+from training.figures import BLUE, GREY, ORANGE, STYLE, new_figure, save_figure
 
 
 @mpl.rc_context(STYLE)
@@ -107,6 +107,25 @@ def draw_reliability(path: Path, bins: Sequence[dict[str, float]], ece: float, c
     lower.set_yscale("symlog", linthresh=1)
     lower.set_ylim(bottom=0)
     lower.set(xlabel="confidence of the answer", ylabel="answers (log)")
+    save_figure(figure, path)
+
+
+@mpl.rc_context(STYLE)
+def draw_selective(path: Path, coverage: np.ndarray, accuracy: np.ndarray, chosen: float) -> None:
+    """Errors among the surest answers, over the share that is answered; ``chosen`` is where the threshold puts it."""
+    figure = new_figure(6.2, 4.2)
+    axis = figure.subplots()
+    # The first few answers say little: their line would jump.
+    shown = coverage >= min(0.5, chosen)
+    axis.plot(100 * coverage[shown], 100 * (1 - accuracy[shown]), color=BLUE, lw=1.4)
+    axis.axvline(100 * chosen, color=ORANGE, ls="--", lw=1.2, label=f"answered at the threshold: {chosen:.2%}")
+    axis.set(
+        xlabel="answered, the surest first (%)",
+        ylabel="wrong among the answered (%)",
+        title="Fewer answers, fewer errors",
+    )
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, loc="upper left")
     save_figure(figure, path)
 
 

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from digits.contract import CLASS_COUNT
 from digits.errors import DigitsError
 from training.augment import build_augment
+from training.calibrate import abstention_threshold, fit_temperature
 from training.curves import draw_curves
 from training.model import (
     build_model,
@@ -79,6 +80,8 @@ def train(workspace: Workspace, params: Params, console: Console) -> None:
             "validation_images": len(held_out.labels),
             "validation_accuracy": history[-1].validation_accuracy,
             "validation_loss": history[-1].validation_loss,
+            "temperature": round(float(model.get_layer("calibration").temperature), 4),
+            "abstain_below": round(float(model.get_layer("calibration").abstain_below), 4),
             "precision": resolve_precision(params.train.precision),
             "seed": params.seed,
             "profile": params.profile,
@@ -92,7 +95,7 @@ def train(workspace: Workspace, params: Params, console: Console) -> None:
 
 
 def fit(learn: Split, held_out: Split, params: Params, console: Console) -> tuple[keras.Model, list[Epoch]]:
-    """Fit a new perceptron and return it in float32, with averaged weights, and its history.
+    """Fit a new perceptron and return it in float32, calibrated, with averaged weights, and its history.
 
     The same seed, data and machine give the same weights.
 
@@ -149,7 +152,16 @@ def fit(learn: Split, held_out: Split, params: Params, console: Console) -> tupl
                     seconds=round(time.perf_counter() - started, 3),
                 )
             )
+    calibrate(averaged, held_out, setting.abstain_share)
     return averaged, history
+
+
+def calibrate(model: keras.Model, held_out: Split, abstain_share: float) -> None:
+    """Fit the model's temperature and threshold of abstention on validation images, which it has not learnt from."""
+    layer = model.get_layer("calibration")
+    layer.temperature.assign(1.0)
+    layer.temperature.assign(fit_temperature(build_predict(model, logits=True)(held_out.images), held_out.labels))
+    layer.abstain_below.assign(abstention_threshold(build_predict(model)(held_out.images), abstain_share))
 
 
 def score(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,6 +110,36 @@ def test_predictions_agree_with_metrics_and_confusion(done: Run) -> None:
     assert table[0] == "actual,predicted"
     assert table[1] == f"{labels[0]},{predicted[0]}"
     assert len(table) == 301
+
+
+def test_the_temperature_is_fitted_on_validation_images_and_is_in_the_export(done: Run) -> None:
+    """Divided by it, validation answers are likelier than undivided, and the SavedModel's are the divided ones."""
+    from training.model import build_predict, load_model
+    from training.train import score
+    from training.verify import predict_saved_model
+
+    model = load_model(done.workspace.artifact("train", "model.keras"))
+    held_out = load_split(done.workspace.artifact("prepare", "validation.npz"))
+    layer = model.get_layer("calibration")
+    temperature = float(layer.temperature)
+    calibrated = build_predict(model)(held_out.images)
+    served, _ = predict_saved_model(done.saved_model, held_out.images)
+    assert np.abs(served - calibrated).max() < 1e-4
+    layer.temperature.assign(1.0)
+    plain, _ = score(build_predict(model)(held_out.images), held_out.labels)
+    assert temperature != 1.0
+    assert score(calibrated, held_out.labels)[0] < plain
+    assert done.json("train", "training.json")["temperature"] == pytest.approx(temperature, abs=1e-4)
+
+
+def test_the_report_shows_every_mistake_and_stands_alone(done: Run) -> None:
+    """One page, nothing loaded from anywhere; as many pictures of mistakes as metrics.json counts."""
+    page = (done.workspace.root / "artifacts/evaluate/report.html").read_text()
+    metrics = done.json("evaluate", "metrics.json")
+    assert page.count("read as") == metrics["errors"] > 0
+    assert f"{100 * metrics['accuracy']:.2f} % of 300 test images read right" in page
+    assert "http" not in page
+    assert all(uri.startswith("data:image/png;base64,") for uri in re.findall(r'(?:src|href)="([^"]*)"', page))
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(done: Run) -> None:
