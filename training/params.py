@@ -26,6 +26,60 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Limits(_Section):
+    """How much is let pass: above ``warn`` people are told, above ``stop`` the pipeline stops."""
+
+    warn: float = Field(ge=0.0)
+    stop: float = Field(ge=0.0)
+
+    @model_validator(mode="after")
+    def _warns_before_it_stops(self) -> Self:
+        if self.warn > self.stop:
+            raise _contradiction("warn", self.warn, f"at most stop, which is {self.stop}")
+        return self
+
+
+class FeatureBounds(_Section):
+    """Least and greatest value of a feature: of one image, and of a split's mean; none where left out."""
+
+    image: tuple[float, float] | None = None
+    mean: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        _check_order(self, ("image", "mean"))
+        return self
+
+
+Severity = Literal["stop", "warn"]
+
+
+class Severities(_Section):
+    """What a broken expectation does: stop the pipeline, or only warn."""
+
+    files: Severity
+    counts: Severity
+    labels: Severity
+    balance: Severity
+    blank: Severity
+    duplicates: Severity
+    leaks: Severity
+    features: Severity
+
+
+FeatureName = Literal[
+    "ink_px",
+    "centroid_x_px",
+    "centroid_y_px",
+    "spread_x_px",
+    "spread_y_px",
+    "slant",
+    "stroke_width_px",
+    "border_ink",
+    "entropy_bits",
+]
+
+
 class ValidateParams(_Section):
     """What the raw data must look like."""
 
@@ -41,13 +95,23 @@ class ValidateParams(_Section):
     """Ink of the faintest image, as a number of fully inked pixels."""
     max_duplicates_within: int = Field(ge=0)
     max_duplicates_across: int = Field(ge=0)
+    features: dict[FeatureName, FeatureBounds]
+    """Bounds by feature (training/validation/features.py says what each is); {} bounds none."""
+    odd_images: Limits
+    """Share of a split's images with a feature outside its bounds for one image."""
+    doubtful_labels: Limits
+    """Share of a split's labels that all other images speak against, by a wide margin."""
+    contradicted_labels: Limits
+    """Share of a split's labels that a quick classifier of the other images would have given otherwise."""
+    drift: Limits
+    """Cohen's d of test against training images, for each feature, also by digit, beyond what chance explains."""
+    drift_psi: Limits
+    """Population stability index of each feature, beyond what chance explains."""
+    severity: Severities
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> Self:
-        for name in ("class_share", "ink_share"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise _contradiction(name, [low, high], "two numbers, the smaller first")
+        _check_order(self, ("class_share", "ink_share"))
         return self
 
 
@@ -201,6 +265,13 @@ def _apply_profile(raw: dict[str, Any]) -> dict[str, Any]:
             merged[section] = {**raw[section], **values}
     merged["profiles"] = {key: value or {} for key, value in profiles.items()}
     return merged
+
+
+def _check_order(section: _Section, names: tuple[str, ...]) -> None:
+    for name in names:
+        bounds = getattr(section, name)
+        if bounds is not None and bounds[0] > bounds[1]:
+            raise _contradiction(name, list(bounds), "two numbers, the smaller first")
 
 
 def _contradiction(name: str, value: object, allowed: str) -> PydanticCustomError:

@@ -11,7 +11,7 @@ from digits.contract import CLASS_COUNT
 from training.data import read_raw_split, split_stratified
 from training.params import Params
 from training.plots import draw_samples
-from training.workspace import Split, Workspace, save_split, write_json
+from training.workspace import BadArtifact, Split, Workspace, read_json, save_split, write_json
 
 
 def prepare(workspace: Workspace, params: Params, console: Console) -> None:
@@ -19,7 +19,7 @@ def prepare(workspace: Workspace, params: Params, console: Console) -> None:
 
     Images stay uint8 (ink 255 on paper 0): scaling is part of the model, so that no caller can forget it.
     """
-    workspace.artifact("validate", "report.json")  # only validated data is prepared
+    _check_validated(workspace)
     raw = read_raw_split(workspace.raw_dir, "train")
     test = read_raw_split(workspace.raw_dir, "test")
     kept, held_out = split_stratified(raw.labels, params.prepare.validation_images, params.seed)
@@ -48,6 +48,17 @@ def prepare(workspace: Workspace, params: Params, console: Console) -> None:
         },
     )
     console.print(", ".join(f"{name} {len(split.labels):,}" for name, split in splits.items()))
+
+
+def _check_validated(workspace: Workspace) -> None:
+    """Refuse data that validation stopped at, also when this stage is run on its own.
+
+    Raises:
+        BadArtifact: there is no report, or it says so.
+    """
+    report = workspace.artifact("validate", "report.json")
+    if read_json(report).get("valid") is not True:
+        raise BadArtifact(f"{report} says that the raw data are not valid: mend them, then `dvc repro validate`")
 
 
 def _describe(split: Split) -> dict[str, object]:

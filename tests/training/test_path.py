@@ -54,7 +54,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, real: dict[str, Split]) -> It
     """All stages on 1,200 + 300 + 300 images: a network of 64-32, three epochs."""
     folder = tmp_path_factory.mktemp("run")
     workspace, params = make_workspace(folder, real)
-    (workspace.stage_dir("validate") / "report.json").write_text("{}")
+    (workspace.stage_dir("validate") / "report.json").write_text('{"valid": true}')
     run_stages(workspace, params)
     return Run(workspace, params)
 
@@ -202,7 +202,7 @@ def test_a_candidate_trained_on_scrambled_labels_is_rejected_and_not_exported(
     """And that is a result, not a failure: an experiment that is rejected is still recorded by DVC."""
     train = Split(real["train"].images, np.random.default_rng(0).permutation(real["train"].labels))
     workspace, params = make_workspace(tmp_path, {**real, "train": train}, **{"train.epochs": 1})
-    (workspace.stage_dir("validate") / "report.json").write_text("{}")
+    (workspace.stage_dir("validate") / "report.json").write_text('{"valid": true}')
     champion = {
         "version": 1,
         "model_sha256": done.json("train", "training.json")["model_sha256"],

@@ -1,5 +1,6 @@
-"""Damage in the raw data stops the pipeline at `validate`, with a table that says where."""
+"""What the validate stage does with data: what it writes, what it stops at, what it only tells."""
 
+import csv
 import io
 import json
 import os
@@ -10,15 +11,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from tests.training.conftest import ROOT, make_workspace, write_raw
 from training.data import BadRawData
 from training.prepare import prepare
 from training.validate import DataNotValid, validate
-from training.workspace import BadArtifact, Split
+from training.workspace import BadArtifact, Split, Workspace
 
 Poison = Callable[[Split, Split], tuple[Split, Split]]
+
+
+def read_report(workspace: Workspace) -> dict:
+    return json.loads((workspace.root / "artifacts/validate/report.json").read_text())
+
+
+def read_quarantine(workspace: Workspace) -> list[dict[str, str]]:
+    with (workspace.root / "artifacts/validate/quarantine.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_real_data_are_valid_and_leave_a_report_and_docs_that_load_nothing(
@@ -26,15 +37,35 @@ def test_real_data_are_valid_and_leave_a_report_and_docs_that_load_nothing(
 ) -> None:
     workspace, params = make_workspace(tmp_path, real)
     validate(workspace, params, quiet)
-    report = json.loads((tmp_path / "artifacts/validate/report.json").read_text())
+    report = read_report(workspace)
     assert report["valid"] is True
     assert report["images"] == {"train": 1500, "test": 300}
-    assert len(report["findings"]) == 22
-    pages = sorted((tmp_path / "artifacts/validate/data_docs").glob("*.html"))
-    assert [page.stem for page in pages] == ["classes", "files", "index", "test", "train"]
+    assert not [f for f in report["findings"] if not f["passed"] and f["severity"] == "stop"]
+    out = tmp_path / "artifacts/validate"
+    pages = sorted((out / "data_docs").glob("*.html"))
+    assert [page.stem for page in pages] == ["classes", "drift", "files", "index", "test", "train"]
     for page in pages:
         text = page.read_text()
         assert not any(word in text for word in ("<script", "<img", "<link", "<iframe", "http:", "https:", "url("))
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["train"]["images"] == 1500
+    assert metrics["failed_stop"] == 0
+    assert metrics["quarantined"] == len(read_quarantine(workspace))
+    assert "passed" in (out / "report.md").read_text().splitlines()[0]
+    with Image.open(out / "contact_sheet.png") as sheet:
+        assert sheet.format == "PNG"
+
+
+def test_the_same_data_leave_the_same_bytes(tmp_path: Path, real: dict[str, Split], quiet: Console) -> None:
+    """DVC goes by hashes: a run that finds the same must not look like another one."""
+    contents = []
+    for name in ("once", "again"):
+        workspace, params = make_workspace(tmp_path / name, real)
+        validate(workspace, params, quiet)
+        out = tmp_path / name / "artifacts/validate"
+        contents.append({p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()})
+    assert contents[0] == contents[1]
+    assert len(contents[0]) == 11
 
 
 def label_out_of_range(train: Split, test: Split) -> tuple[Split, Split]:
@@ -74,19 +105,19 @@ def too_few(train: Split, test: Split) -> tuple[Split, Split]:
 
 
 @pytest.mark.parametrize(
-    ("poison", "said"),
+    ("poison", "said", "listed"),
     [
-        (label_out_of_range, ["labels are 0 to 9", "12", "1234"]),
-        (blank_image, ["no image is blank", "77"]),
-        (inverted, ["ink is as dark", "0.1 to 0.16", "0.8"]),
-        (repeated, ["images do not repeat", "200"]),
-        (leaked, ["test images are not in the training file", "42"]),
-        (one_digit_only, ["every digit occurs", "about equally common"]),
-        (too_few, ["as many images as expected", "300", "299"]),
+        (label_out_of_range, ["labels are 0 to 9", "12", "1234"], ("train", 1234, "none of 0 to 9")),
+        (blank_image, ["no image is blank", "77"], ("train", 77, "nearly blank")),
+        (inverted, ["ink is as dark", "0.1 to 0.16", "0.8"], ("train", 0, "border_ink")),
+        (repeated, ["images do not repeat", "200"], ("train", 200, "the same picture as row 100")),
+        (leaked, ["test images are not in the training file", "42"], ("test", 42, "training row 42")),
+        (one_digit_only, ["every digit occurs", "about equally common"], None),
+        (too_few, ["as many images as expected", "300", "299"], None),
     ],
 )
 def test_poisoned_data_stop_the_pipeline_with_a_readable_table(
-    tmp_path: Path, real: dict[str, Split], poison: Poison, said: list[str]
+    tmp_path: Path, real: dict[str, Split], poison: Poison, said: list[str], listed: tuple[str, int, str] | None
 ) -> None:
     workspace, params = make_workspace(tmp_path, real)
     train, test = real["train"], real["test"]
@@ -102,9 +133,40 @@ def test_poisoned_data_stop_the_pipeline_with_a_readable_table(
         assert words in table
     assert "\n" not in str(caught.value)
     assert (tmp_path / "artifacts/validate/data_docs/index.html").exists()
-    assert not (tmp_path / "artifacts/validate/report.json").exists()
-    with pytest.raises(BadArtifact, match="validate"):
+    assert "stopped" in (tmp_path / "artifacts/validate/report.md").read_text().splitlines()[0]
+    assert read_report(workspace)["valid"] is False
+    if listed:
+        split, row, reason = listed
+        (reasons,) = [q["reasons"] for q in read_quarantine(workspace) if (q["split"], q["row"]) == (split, str(row))]
+        assert reason in reasons
+    with pytest.raises(BadArtifact, match="not valid"):
         prepare(workspace, params, console)
+
+
+def test_what_may_only_warn_lets_the_pipeline_go_on(tmp_path: Path, real: dict[str, Split], quiet: Console) -> None:
+    """The severity of a rule is in params.yaml."""
+    workspace, params = make_workspace(tmp_path, real, **{"validate.severity.duplicates": "warn"})
+    train, test = real["train"], real["test"]
+    write_raw(
+        workspace.raw_dir,
+        *repeated(Split(train.images[:1500], train.labels[:1500]), Split(test.images[:300], test.labels[:300])),
+    )
+    validate(workspace, params, quiet)
+    report = read_report(workspace)
+    assert report["valid"] is True
+    assert report["verdict"] == "warned"
+    assert [f["about"] for f in report["findings"] if f["column"] == "repeats" and not f["passed"]] == ["train"]
+
+
+def test_killed_before_its_end_it_leaves_no_report(tmp_path: Path, real: dict[str, Split], quiet: Console) -> None:
+    """An old report must not vouch for data that were never looked at."""
+    workspace, params = make_workspace(tmp_path, real)
+    (workspace.stage_dir("validate") / "report.json").write_text('{"valid": true}')
+    (workspace.raw_dir / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(BadRawData, match="missing"):
+        validate(workspace, params, quiet)
+    with pytest.raises(BadArtifact, match="validate"):
+        prepare(workspace, params, quiet)
 
 
 def test_a_flipped_byte_is_caught_by_the_known_hash(tmp_path: Path, real: dict[str, Split]) -> None:
