@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from digits.errors import DigitsError
+from pipelines.exit_codes import Exit
+from pipelines.locks import Busy
 from pipelines.settings import Settings
 
 app = typer.Typer(
@@ -15,6 +17,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, for machines.")]
 
 
 def _tell(text: str) -> None:
@@ -31,14 +36,15 @@ def ingest() -> None:
 
 
 @app.command()
-def release() -> None:
+def release(as_json: Json = False) -> None:
     """Data to published version: ingest, the DVC stages, the gate, publish. Does only what is not up to date.
 
-    Exit code 0: published, now or before. 3: the gate rejected the candidate, the served version stays. 1: failed.
+    Exit code 0: published, now or before. 3: the gate rejected the candidate, the served version stays. 5: another
+    release is at work. 1: failed.
     """
     from pipelines.release import release as run_release
 
-    raise typer.Exit(run_release(Settings()))
+    raise typer.Exit(run_release(Settings(), as_json=as_json))
 
 
 @app.command()
@@ -74,12 +80,12 @@ def run(
 
 
 def main() -> None:
-    """Run the command; an expected error is one line and exit code 1, wrong usage is exit code 2."""
+    """Run the command; an expected error is one line. See ``Exit`` for the exit codes."""
     try:
         app()
     except DigitsError as err:
         _tell(f"error: {err}")
-        sys.exit(1)
+        sys.exit(Exit.BUSY if isinstance(err, Busy) else Exit.FAILED)
 
 
 if __name__ == "__main__":

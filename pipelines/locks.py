@@ -4,10 +4,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from filelock import FileLock, Timeout
 
 from digits.errors import DigitsError
+
+RELEASE_LOCK: Final = "release.lock"
+"""In the run folder: held by a release, and by what must not go on beside one."""
 
 
 class Busy(DigitsError):

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +24,8 @@ from pipelines.processes import leashed, stop_session
 from pipelines.settings import Settings
 
 _CODE: Final = Path(__file__).resolve().parent.parent
+_STARTS: Final = 5
+"""How often the temporary server is started, should it end by itself."""
 
 
 class PrefectUnavailable(DigitsError):
@@ -59,30 +62,59 @@ def server(settings: Settings, *, with_services: bool = False) -> Iterator[None]
         return
     with _listener(settings.prefect_port if with_services else 0) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
-        process = subprocess.Popen(
-            leashed(
-                [sys.executable, "-m", "pipelines.prefect_server", str(listener.fileno()), str(int(with_services))]
-            ),
-            cwd=settings.project,
-            env={
-                **os.environ,
-                # The project may be another folder than the one this code lies in.
-                "PYTHONPATH": os.pathsep.join(filter(None, (str(_CODE), os.environ.get("PYTHONPATH")))),
-                "PREFECT_UI_API_URL": url,
-                "PREFECT_UI_STATIC_DIRECTORY": str(settings.project / ".prefect" / "ui"),
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[listener.fileno()],
-            start_new_session=True,
-        )
-    os.environ["PREFECT_API_URL"] = url
-    try:
-        yield
-    finally:
-        _send_the_rest()
-        del os.environ["PREFECT_API_URL"]
-        stop_session(process)
+        environment = {
+            **os.environ,
+            # The project may be another folder than the one this code lies in.
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(_CODE), os.environ.get("PYTHONPATH")))),
+            "PREFECT_UI_API_URL": url,
+            "PREFECT_UI_STATIC_DIRECTORY": str(settings.project / ".prefect" / "ui"),
+        }
+        command = [sys.executable, "-m", "pipelines.prefect_server", str(listener.fileno()), str(int(with_services))]
+        process = _KeptRunning(command, settings.project, environment, listener)
+        os.environ["PREFECT_API_URL"] = url
+        try:
+            yield
+        finally:
+            _send_the_rest()
+            del os.environ["PREFECT_API_URL"]
+            process.stop()
+
+
+class _KeptRunning(threading.Thread):
+    """The temporary server's process, started again when it ends: its clients find it on the same socket."""
+
+    def __init__(self, command: list[str], cwd: Path, environment: dict[str, str], listener: socket.socket) -> None:
+        super().__init__(daemon=True)
+        self._command, self._cwd, self._environment, self._listener = command, cwd, environment, listener
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+        self.start()
+
+    def run(self) -> None:
+        for _ in range(_STARTS):
+            with self._lock:
+                if self._stopping:
+                    return
+                # This thread lives as long as the process does: the leash is tied to the thread that starts it.
+                self._process = process = subprocess.Popen(
+                    leashed(self._command),
+                    cwd=self._cwd,
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[self._listener.fileno()],
+                    start_new_session=True,
+                )
+            process.wait()
+
+    def stop(self) -> None:
+        """End the server for good."""
+        with self._lock:
+            self._stopping = True
+        if self._process is not None:
+            stop_session(self._process)
+        self.join()
 
 
 def ui_url() -> str:

@@ -1,6 +1,8 @@
 """``python -m pipelines release``: the release flow, with its own Prefect server if there is no other."""
 
-from typing import Any
+import json
+import sys
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -8,27 +10,28 @@ from rich.table import Table
 from digits.errors import DigitsError
 from pipelines import prefect_server
 from pipelines.candidate import Verdict, read_verdict
-from pipelines.locks import only_one
+from pipelines.exit_codes import Exit
+from pipelines.locks import RELEASE_LOCK, Busy, only_one
 from pipelines.settings import Settings
 
-EXIT_REJECTED = 3
-"""Exit code of a release whose candidate the gate rejected: nothing is broken, and nothing was published."""
+if TYPE_CHECKING:
+    from pipelines.publish import Published
 
 
-class ReleaseFailed(DigitsError):
-    """The flow ended in a failure that is not one of ours."""
+class FlowFailed(DigitsError):
+    """A flow ended in a failure that is not one of ours."""
 
-    code = "release_failed"
+    code = "flow_failed"
 
 
-def release(settings: Settings) -> int:
-    """Run the flow; print the outcome; return the exit code (0, or ``EXIT_REJECTED``).
+def release(settings: Settings, *, as_json: bool = False) -> Exit:
+    """Run the flow; print the outcome, as one JSON object if so wished; return the exit code.
 
     Raises:
+        Busy: another release is at work.
         DigitsError: what stopped the flow.
     """
-    with only_one(settings.run_dir / "release.lock", "release"):
-        pass  # the flow holds it; asked here so that a second release is refused before a server is started for it
+    refuse_while_busy(settings, "release")
     prefect_server.prepare_environment(settings)
     with prefect_server.server(settings):
         from pipelines.flows.hooks import REJECTED  # takes seconds, meanwhile the server starts
@@ -37,15 +40,50 @@ def release(settings: Settings) -> int:
         prefect_server.wait_until_ready(settings)
         state = flow(str(settings.project), watched=True, return_state=True)
         if state.name == REJECTED:
-            print_verdict(read_verdict(settings))
-            return EXIT_REJECTED
-        done = _result(state)
-        version = done.version
-        accuracy = (version.lineage.get("metrics") or {}).get("accuracy")
-        with_accuracy = f", {accuracy:.2%} of the test images right" if isinstance(accuracy, float) else ""
-        outcome = "published" if done.new else "already published"
-        Console().print(f"version {version.number} {outcome}: {version.folder}{with_accuracy}", soft_wrap=True)
-        return 0
+            verdict = read_verdict(settings)
+            if as_json:
+                print_json({"outcome": "rejected", "reason": verdict.reason, "checks": verdict.checks})
+            else:
+                print_verdict(verdict)
+            return Exit.REJECTED
+        if state.is_cancelled():
+            return stopped(state)
+        _print_published(result_of(state), as_json)
+        return Exit.DONE
+
+
+def refuse_while_busy(settings: Settings, what: str) -> None:
+    """Raise ``Busy`` when a release or a maintenance is at work; the flow asks again, but that takes seconds."""
+    with only_one(settings.run_dir / RELEASE_LOCK, what):
+        pass
+
+
+def stopped(state: Any) -> Exit:
+    """The exit code of a flow that ended as cancelled. Raises ``Busy`` when that was because of another one."""
+    from pipelines.flows.hooks import REFUSED
+
+    if state.name == REFUSED:
+        raise Busy(state.message)
+    return Exit.STOPPED
+
+
+def _print_published(done: "Published", as_json: bool) -> None:
+    version = done.version
+    outcome = "published" if done.new else "already published"
+    metrics = version.lineage.get("metrics") or {}
+    if as_json:
+        facts = {"version": version.number, "folder": str(version.folder), "model_sha256": version.model_sha256}
+        print_json({"outcome": outcome, **facts, "metrics": metrics})
+        return
+    accuracy = metrics.get("accuracy")
+    with_accuracy = f", {accuracy:.2%} of the test images right" if isinstance(accuracy, float) else ""
+    Console().print(f"version {version.number} {outcome}: {version.folder}{with_accuracy}", soft_wrap=True)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """One JSON object on stdout, for machines."""
+    sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
 
 
 def print_verdict(verdict: Verdict) -> None:
@@ -67,11 +105,11 @@ def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _result(state: Any) -> Any:
-    """The flow's result, or the error of ours that stopped it."""
+def result_of(state: Any) -> Any:
+    """A flow's result, or the error of ours that stopped it."""
     try:
         return state.result()
     except DigitsError:
         raise
     except Exception as err:
-        raise ReleaseFailed(f"the release ended as {state.name}: {' '.join(str(err).split())}") from err
+        raise FlowFailed(f"it ended as {state.name}: {' '.join(str(err).split())}") from err

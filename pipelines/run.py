@@ -33,6 +33,7 @@ from digits.errors import DigitsError
 from pipelines import versioning
 from pipelines.candidate import CandidateError, read_verdict
 from pipelines.dataset import check_folder, require_undamaged
+from pipelines.exit_codes import Exit
 from pipelines.ingest import expected_files
 from pipelines.locks import only_one
 from pipelines.processes import LEASH, leashed, stop_session
@@ -40,7 +41,6 @@ from pipelines.publish import champion_record, newest_version
 from pipelines.settings import Settings
 from pipelines.stages import GATE
 
-EXIT_REJECTED: Final = 3
 _STOP_GRACE_S: Final = 20
 """For a server to finish what it is doing after SIGTERM."""
 
@@ -154,7 +154,7 @@ def _bring_up_to_date(settings: Settings, console: Console, servers: "_Servers")
     else:
         console.print(f"release: {reason}")
         code = _run_to_its_end([sys.executable, "-m", "pipelines", "release"], settings.project, servers)
-        if code not in (0, EXIT_REJECTED):
+        if code not in (Exit.DONE, Exit.REJECTED):
             if newest := newest_version(settings.versions_dir):
                 console.print(f"to serve version {newest.number} as it is: python -m pipelines run --skip-release")
             return False

@@ -11,6 +11,15 @@ def duration(seconds: float) -> str:
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
 
+def size(count: int) -> str:
+    """``512 bytes``, ``3.2 MB``."""
+    if count < 1000:
+        return f"{count} bytes"
+    units = ("kB", "MB", "GB", "TB")
+    power = min(len(units), (len(str(count)) - 1) // 3)
+    return f"{count / 1000**power:.1f} {units[power - 1]}"
+
+
 def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested mappings, with dotted names; lists are left out."""
     for name, value in content.items():

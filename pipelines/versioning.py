@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -243,6 +243,56 @@ def stage_changed(settings: Settings, name: str) -> bool:
         (stage,) = repo.stage.collect(name)
         with repo.lock:
             return bool(stage.changed())
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a garbage collection removed from the cache."""
+
+    objects: int
+    freed_bytes: int
+
+
+def collect_garbage(settings: Settings, data_hashes: Iterable[str]) -> Collected:
+    """Remove from DVC's cache what nothing refers to: no file of the workspace, no commit, no experiment.
+
+    ``dvc gc --workspace --all-commits --all-experiments`` does the same, but for the data of published versions, which
+    need not be committed, as in a container without git.
+
+    Args:
+        settings: where.
+        data_hashes: hashes of ``data/`` (such as ``d019….dir``) that stay besides, with their files.
+
+    Raises:
+        Locked: another DVC command is at work.
+    """
+    from dvc.scm import NoSCM
+    from dvc_data.hashfile.gc import gc
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    with open_repo(settings) as repo, repo.lock:
+        history = not isinstance(repo.scm, NoSCM)
+        used = repo.used_objs(all_commits=history, all_experiments=history, force=True)
+        cache = repo.cache.local
+        kept = set().union(*used.values())
+        for value in data_hashes:
+            kept |= {HashInfo("md5", value), *_files_of(Path(cache.oid_to_path(value)))}
+        before = _size_of(cache)
+        removed = sum(int(gc(odb, kept)) for odb in {odb for _, odb in repo.cache.by_scheme() if odb})
+        return Collected(removed, before - _size_of(cache))
+
+
+def _files_of(listing: Path) -> Iterator[Any]:
+    """The files that a ``.dir`` object lists; none when it is not in the cache."""
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    with contextlib.suppress(OSError, ValueError):
+        for entry in json.loads(listing.read_bytes()):
+            yield HashInfo("md5", entry["md5"])
+
+
+def _size_of(cache: Any) -> int:
+    return sum(path.stat().st_size for path in Path(cache.path).rglob("*") if path.is_file())
 
 
 def changed_stages(repo: Any) -> set[str]:

@@ -16,6 +16,9 @@ from pipelines.settings import Settings
 REJECTED: Final = "Rejected"
 """Name of the release's final state when the gate did not approve: an answer, not a failure."""
 
+REFUSED: Final = "Refused"
+"""Name of the final state of a flow that found another one at work."""
+
 
 def tell_webhook(flow: Flow[..., Any], run: FlowRun, state: State) -> None:
     """The hook for every end of a flow. What changed nothing is not worth a message."""

@@ -4,29 +4,28 @@ DVC owns what depends on what: the stages and their order are read from its grap
 the flow and a bare ``dvc repro`` find each other's work done. Prefect owns retries, side effects and what people see.
 """
 
+import contextlib
 import time
 from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, State
+from prefect.exceptions import TerminationSignal
+from prefect.states import Cancelled, Completed, State
 
 from pipelines import versioning
 from pipelines.candidate import read_verdict
-from pipelines.flows import artifacts
-from pipelines.flows.hooks import REJECTED, settings_of, tell_webhook
+from pipelines.flows import artifacts, cancellation
+from pipelines.flows.hooks import REFUSED, REJECTED, settings_of, tell_webhook
 from pipelines.flows.steps import say, terminal, watch
 from pipelines.ingest import Ingested
 from pipelines.ingest import ingest as run_ingest
-from pipelines.locks import only_one
+from pipelines.locks import RELEASE_LOCK, Busy, only_one
 from pipelines.publish import Published, record_champion
 from pipelines.publish import publish as run_publish
 from pipelines.settings import Settings
 from pipelines.stages import GATE, StageBusy, StageKilled, StageReport, Stages
 from pipelines.text import duration
-
-RELEASE_LOCK = "release.lock"
-"""In the run folder: one release at a time."""
 
 
 def _worth_another_try(_task: Any, _run: Any, state: State) -> bool:
@@ -95,13 +94,26 @@ def release(project: str | None = None, watched: bool = False) -> Any:
         watched: someone is looking on: show steps, the stages' output and progress bars on stderr, besides the log.
 
     Returns:
-        ``Published``; or the state ``Rejected`` when the gate did not approve, in which case nothing was exported or
-        published and the served version stays.
+        ``Published``; or a state that says why nothing was published, and the served version stays: ``Rejected`` when
+        the gate did not approve, ``Refused`` when another release is at work, ``Cancelled`` when someone stopped it.
     """
     settings = settings_of(project)
     watch(watched)
-    with only_one(settings.run_dir / RELEASE_LOCK, "release"), Stages(settings, terminal()) as stages:
-        return _release(settings, stages)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(only_one(settings.run_dir / RELEASE_LOCK, "release"))
+        except Busy as err:
+            say(f"✗ refused     {err}")
+            return Cancelled(name=REFUSED, message=str(err))
+        stages = held.enter_context(Stages(settings, terminal()))
+        if not watched:  # a worker's run: the worker says how a cancelled one ends
+            return _release(settings, stages)
+        try:
+            with cancellation.heeded():
+                return _release(settings, stages)
+        except (KeyboardInterrupt, TerminationSignal):
+            say("✗ cancelled   the served version stays; the next release goes on from here")
+            return Cancelled(message="stopped on request")
 
 
 def _release(settings: Settings, stages: Stages) -> Published | State:

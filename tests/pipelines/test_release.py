@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import psutil
@@ -21,6 +22,8 @@ from pipelines import prefect_server, versioning
 from pipelines.locks import only_one
 from pipelines.settings import Settings
 from tests.pipelines.conftest import environment_for, run
+
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +213,7 @@ def test_second_release_is_refused_by_name(toy: Path) -> None:
     """At once, before a server is started for it."""
     with only_one(toy / "run" / "release.lock", "release"):
         done = run(toy, "pipelines", "release")
-    assert done.returncode == 1
+    assert done.returncode == 5
     assert done.stderr.startswith(f"error: another release (process {os.getpid()}) is at work here")
 
 
@@ -219,11 +222,8 @@ def test_killed_release_takes_its_stage_along_and_the_next_one_completes(toy: Pa
     (toy / "weights.txt").write_text("slow")
     environment = environment_for(toy, PREFECT_API_URL=prefect_url)
     process = subprocess.Popen([sys.executable, "-m", "pipelines", "release"], cwd=toy, env=environment)
-    deadline = time.monotonic() + 90
-    while not (stage := [p for p in psutil.Process(process.pid).children(recursive=True) if working_on("evaluate", p)]):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    started = psutil.Process(process.pid).children(recursive=True)
+    stage = wait_until(lambda: [p for p in below(process) if working_on("evaluate", p)])
+    started = below(process)
     assert len(started) >= 2  # DVC, perhaps a shell, and the stage
     process.send_signal(signal.SIGKILL)
     process.wait(10)
@@ -233,6 +233,45 @@ def test_killed_release_takes_its_stage_along_and_the_next_one_completes(toy: Pa
     done = release(toy, prefect_url)
     assert done.returncode == 0, done.stderr
     assert versions(toy) == ["1"]
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "cancelled in Prefect"])
+def test_release_stopped_on_request_leaves_nothing_half_done(toy: Path, prefect_url: str, how: str) -> None:
+    """Its stage ends with it, the run is Cancelled there, exit code 130; the next release completes."""
+    (toy / "weights.txt").write_text("slow")
+    environment = environment_for(toy, PREFECT_API_URL=prefect_url)
+    command = [sys.executable, "-m", "pipelines", "release"]
+    process = subprocess.Popen(command, cwd=toy, env=environment, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: [p for p in below(process) if working_on("evaluate", p)])
+    started = below(process)
+    if how == "Ctrl-C":
+        process.send_signal(signal.SIGINT)
+    else:
+        state = {"state": {"type": "CANCELLING"}, "force": False}
+        httpx.post(f"{prefect_url}/flow_runs/{last_run(prefect_url)['id']}/set_state", json=state).raise_for_status()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "cancelled   the served version stays; the next release goes on from here" in stderr
+    assert "Traceback" not in stderr
+    assert psutil.wait_procs(started, timeout=20)[1] == []
+    assert last_run(prefect_url)["state_type"] == "CANCELLED"
+    (toy / "weights.txt").write_text("first")
+    done = release(toy, prefect_url)
+    assert done.returncode == 0, done.stderr
+    assert versions(toy) == ["1"]
+
+
+def wait_until(there: Callable[[], T], limit_s: float = 90) -> T:
+    """What it gives as soon as that is something."""
+    deadline = time.monotonic() + limit_s
+    while not (found := there()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
+
+
+def below(process: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
 
 
 def working_on(stage: str, process: psutil.Process) -> bool:
@@ -278,26 +317,42 @@ def test_schedule_survives_a_stop_and_allows_one_release_at_a_time(toy: Path, pr
     assert deployment["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
 
 
-def test_schedule_alone_plans_releases_with_a_server_of_its_own(toy: Path) -> None:
-    """Without PREFECT_API_URL it brings a server that has a scheduler, which is what makes releases come due."""
+def test_schedule_alone_plans_releases_and_one_outlives_its_prefect_server(toy: Path) -> None:
+    """Without PREFECT_API_URL it brings a server that has a scheduler, which is what makes releases come due.
+
+    That server, killed -9 in the middle of a release, is started again on the same port; the release completes.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    (toy / "weights.txt").write_text("waiting")
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines", "schedule", "--cron", "0 3 * * *"],
-        cwd=toy, env=environment_for(toy, DIGITS_PREFECT_PORT=str(port)), stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "pipelines", "schedule", "--cron", "0 3 * * *"], cwd=toy, stdout=subprocess.PIPE,
+        env=environment_for(toy, DIGITS_PREFECT_PORT=str(port), PREFECT_RUNNER_POLL_FREQUENCY="1"), text=True,
     )  # fmt: skip
     try:
         assert process.stdout is not None
         said = process.stdout.readline()
         assert said == f"releases at '0 3 * * *' (UTC); Prefect's UI: http://127.0.0.1:{port}; stop: Ctrl-C\n"
         planned = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
-        deadline = time.monotonic() + 60
-        while not (runs := httpx.post(f"http://127.0.0.1:{port}/api/flow_runs/filter", json=planned).json()):
-            assert time.monotonic() < deadline, "the scheduler planned no release"
-            time.sleep(0.5)
+        runs = wait_until(lambda: httpx.post(f"{url}/flow_runs/filter", json=planned).json(), limit_s=60)
         assert all("T03:00:00" in run["expected_start_time"] for run in runs)
         assert "<title>Prefect" in httpx.get(f"http://127.0.0.1:{port}/", follow_redirects=True).text
+
+        deployment = runs[0]["deployment_id"]
+        started = httpx.post(f"{url}/deployments/{deployment}/create_flow_run", json={"state": {"type": "SCHEDULED"}})
+        wait_until(lambda: [p for p in below(process) if working_on("evaluate", p)])
+        (server,) = [p for p in below(process) if "pipelines.prefect_server" in p.cmdline()]
+        server.send_signal(signal.SIGKILL)
+        (toy / "go").touch()
+        run_url = f"{url}/flow_runs/{started.json()['id']}"
+        ends = ("COMPLETED", "FAILED", "CRASHED")
+        wait_until(lambda: httpx.get(run_url, timeout=60).json()["state_type"] in ends, limit_s=180)
+        assert httpx.get(run_url).json()["state_type"] == "COMPLETED"
+        assert not server.is_running()
+        assert versions(toy) == ["1"]
+
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0
     finally:

@@ -1,0 +1,16 @@
+"""Exit codes of ``python -m pipelines``, for scripts."""
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """How a command ended. Any other failure is 1, with one line on stderr that says why; wrong usage is 2."""
+
+    DONE = 0
+    FAILED = 1
+    REJECTED = 3
+    """The gate rejected the candidate: nothing is broken, and nothing was published."""
+    BUSY = 5
+    """Another one is at work here: nothing was done."""
+    STOPPED = 130
+    """Stopped on request (Ctrl-C, SIGTERM, cancelled in Prefect): nothing is half-done."""
