@@ -1,7 +1,9 @@
 """The pipelines' command line: ``python -m pipelines --help``."""
 
+import json
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +11,9 @@ from digits.errors import DigitsError
 from pipelines.exit_codes import Exit
 from pipelines.locks import Busy
 from pipelines.settings import Settings
+
+if TYPE_CHECKING:
+    from pipelines.additions import Added
 
 app = typer.Typer(
     help="Get the data, build and judge a candidate, publish it, serve it. Settings: environment variables DIGITS_*.",
@@ -27,12 +32,55 @@ def _tell(text: str) -> None:
 
 
 @app.command()
-def ingest() -> None:
-    """Get the raw data into data/, verified by SHA-256, and into the DVC cache. A damaged file is fetched again."""
-    from pipelines.ingest import ingest as run_ingest
+def ingest(
+    add: Annotated[
+        Path | None,
+        typer.Option(
+            "--add",
+            metavar="FOLDER",
+            help="Add a labelled batch to the training images: an IDX pair, an .npz, or a folder of pictures a digit.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --add: only say what would be added.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The outcome as one JSON object.")] = False,
+) -> None:
+    """Get the raw data into data/, verified by SHA-256, and into the DVC cache. A damaged file is fetched again.
 
-    done = run_ingest(Settings(), tell=_tell)
-    print(f"data/ is as recorded; source: {done.source}; data.dvc: {done.data_hash}")
+    With --add: what is in training or test already, nearly a test image, blank or unreadable is refused, row by row;
+    the rest makes a new data version, told in data-changelog.yaml. docs/data.md says more.
+    """
+    settings = Settings()
+    if add is None:
+        from pipelines.ingest import ingest as run_ingest
+
+        done = run_ingest(settings, tell=_tell)
+        if as_json:
+            print(json.dumps({"source": done.source, "data": done.data_hash, "repaired": list(done.repaired)}))
+        else:
+            print(f"data/ is as recorded; source: {done.source}; data.dvc: {done.data_hash}")
+        return
+    from pipelines.ingest import add_batch
+
+    print(_describe_addition(add_batch(settings, add, dry_run=dry_run, tell=_tell), dry_run, as_json))
+
+
+def _describe_addition(done: "Added", dry_run: bool, as_json: bool) -> str:
+    from pipelines.additions import CHANGELOG, REFUSED
+
+    if as_json:
+        facts = {
+            "added": done.added, "refused": done.reasons, "train_images": done.train_images,
+            "data": done.data_hash, "was": done.was,
+        }  # fmt: skip
+        return json.dumps(facts)
+    lines = [f"{done.source}: {done.added:,} {'would be added' if dry_run else 'added'}, {len(done.refused):,} refused"]
+    lines += [f"  {count:>7,} {reason}" for reason, count in done.reasons.items()]
+    if done.refused:
+        lines.append(f"each refused row, with its reason: run/{REFUSED}")
+    if done.added and not dry_run:
+        lines.append(f"data.dvc: {done.data_hash} (was {done.was}); {done.train_images:,} training images")
+        lines.append(f"to keep this version: git add data.dvc params.yaml {CHANGELOG}; git commit; dvc push")
+    return "\n".join(lines)
 
 
 @app.command()

@@ -15,9 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
-from pipelines import versioning
+from pipelines import additions, dvc_cache, versioning
 from pipelines.dataset import (
     MNIST_DVC_HASH,
     RAW_FILES,
@@ -60,22 +68,65 @@ def ingest(settings: Settings, *, repair: bool = True, tell: Callable[[str], Non
         DiskError: they cannot be stored.
         VersioningError: no git or DVC here, or data.dvc records something else.
     """
-    lock = only_one(settings.run_dir / "ingest.lock", "ingest", settings.lock_timeout_s)
+    with _at_work(settings, tell) as repo:
+        return _ensure(settings, repo, repair, tell)
+
+
+def add_batch(
+    settings: Settings, path: Path, *, dry_run: bool = False, tell: Callable[[str], None] = lambda _text: None
+) -> additions.Added:
+    """Add a labelled batch to the training images: a new data version. The data there are must be as recorded.
+
+    Args:
+        settings: where.
+        path: the batch: a folder, or an .npz.
+        dry_run: only say what would be added.
+        tell: called with a line for people.
+
+    Raises:
+        BadInput: the batch as a whole cannot be used. Nothing was changed.
+        DataError, DiskError, VersioningError: as ``ingest``.
+    """
+    with _at_work(settings, tell) as repo, _counting_bar() as bar:
+        _ensure(settings, repo, False, tell)
+        return additions.add(
+            settings,
+            repo,
+            path,
+            dry_run=dry_run,
+            on_picture=lambda done, total: bar("pictures read", done, total),
+            on_compared=lambda done, total: bar("compared with the test images", done, total),
+        )
+
+
+@contextlib.contextmanager
+def _at_work(settings: Settings, tell: Callable[[str], None]) -> Iterator[Any]:
+    """The project under DVC, ours alone, and nothing half-done from a run that was cut off."""
     aftermath = f"data/ holds nothing half-written; about {3 * TOTAL_BYTES // 2**20} MB are needed"
     lock = only_one(settings.run_dir / "ingest.lock", "ingest", settings.lock_timeout_s)
     with disk_errors("the raw data", settings.project, aftermath), lock, versioning.open_repo(settings) as repo:
-        for name in versioning.drop_damaged_objects(repo):
-            tell(f"DVC cache: the object of {name} was damaged and is removed")
-        source, state = "already here", check_folder(settings.data_dir, expected_files(settings, repo) or ())
-        if not repair:
-            require_undamaged(state)
-        if not state.good or not settings.data_dir.is_dir():
-            if state.damaged:
-                tell(f"{state.describe_damage()}: getting it again")
-            source = _fetch(settings, repo, tell)
-        if versioning.record_data(repo, replace=repair and _holds_only_pinned_files(settings)):
-            tell("data.dvc did not record these files; it does now")
-        return Ingested(source, versioning.data_hash(settings), tuple(state.damaged))
+        if additions.complete(settings, repo):
+            tell("a batch was being added when the last run was cut off: completed")
+        yield repo
+
+
+def _ensure(settings: Settings, repo: Any, repair: bool, tell: Callable[[str], None]) -> Ingested:
+    with _counting_bar() as bar:
+        mended = dvc_cache.mend(
+            repo, everything=repair, on_checked=lambda done, total: bar("DVC cache: objects compared", done, total)
+        )
+    for line in mended:
+        tell(line)
+    source, state = "already here", check_folder(settings.data_dir, expected_files(settings, repo) or ())
+    if not repair:
+        require_undamaged(state)
+    if not state.good or not settings.data_dir.is_dir():
+        if state.damaged:
+            tell(f"{state.describe_damage()}: getting it again")
+        source = _fetch(settings, repo, tell)
+    if versioning.record_data(repo, replace=repair and _holds_only_pinned_files(settings)):
+        tell("data.dvc did not record these files; it does now")
+    return Ingested(source, versioning.data_hash(settings), tuple(state.damaged))
 
 
 def expected_files(settings: Settings, repo: Any) -> tuple[RawFile, ...] | None:
@@ -141,7 +192,12 @@ def _dvc_sources(settings: Settings, repo: Any) -> list[Source]:
     def from_remote(attempt: Attempt) -> None:
         if failure := versioning.fetch_data(settings, attempt.left_s()):
             raise SourceFailed(failure)
-        if damaged := versioning.drop_damaged_objects(repo):
+        # With `verify` DVC itself has dropped what came damaged, and says nothing; without, it is ours to find.
+        objects = versioning.cached_data_files(repo)
+        damaged = [name for name, path in objects.items() if dvc_cache.is_damaged(path) or not path.is_file()]
+        if damaged:
+            for name in damaged:
+                objects[name].unlink(missing_ok=True)
             raise SourceFailed(f"holds a damaged object of {', '.join(damaged)}: not used")
         from_cache(attempt)
 
@@ -201,3 +257,18 @@ def _progress_bar() -> Iterator[_Bar]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield _Bar(bar)
+
+
+@contextlib.contextmanager
+def _counting_bar() -> Iterator[Callable[[str, int, int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield show

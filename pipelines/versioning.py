@@ -16,7 +16,7 @@ from typing import Any, Final
 from ruamel.yaml.error import YAMLError
 
 from digits.errors import DigitsError
-from pipelines.dataset import RawFile, digest_of
+from pipelines.dataset import RawFile
 from pipelines.disk import read_yaml
 from pipelines.settings import Settings
 
@@ -68,10 +68,11 @@ def recorded_data_hash(repo: Any) -> str | None:
 def recorded_data_files(repo: Any) -> tuple[RawFile, ...] | None:
     """The files that data.dvc records, with their MD5; None when the DVC cache lacks the list of them."""
     out = _data_out(repo)
-    return None if out is None else _listed_files(out)
+    return None if out is None else listed_files(out)
 
 
-def _listed_files(out: Any) -> tuple[RawFile, ...] | None:
+def listed_files(out: Any) -> tuple[RawFile, ...] | None:
+    """The files of a folder that DVC keeps, with their MD5; None when the cache lacks the list of them."""
     try:
         entries = json.loads(Path(out.cache.oid_to_path(out.hash_info.value)).read_bytes())
         return tuple(RawFile(entry["relpath"], entry["md5"], algorithm="md5") for entry in entries)
@@ -88,29 +89,16 @@ def cached_data_files(repo: Any) -> dict[str, Path]:
     return {file.name: Path(out.cache.oid_to_path(file.digest)) for file in files}
 
 
-def drop_damaged_objects(repo: Any) -> list[str]:
-    """Remove those objects of the raw data from the DVC cache whose content is not what their name says.
-
-    DVC trusts an object that is there: it would hand out a damaged one as good and never replace it.
-
-    Returns:
-        The names in ``data/`` of what was removed.
-    """
-    out = _data_out(repo)
-    if out is None:
-        return []
-    paths = {"(the list of files)": Path(out.cache.oid_to_path(out.hash_info.value)), **cached_data_files(repo)}
-    dropped = []
-    for name, path in paths.items():
-        if path.is_file() and digest_of(path, "md5") != (path.parent.name + path.name).removesuffix(".dir"):
-            path.unlink()
-            dropped.append(name)
-    return dropped
+def uncached_names(repo: Any) -> list[str]:
+    """The names in ``data/`` whose object is not in the DVC cache."""
+    return [name for name, path in cached_data_files(repo).items() if not path.is_file()]
 
 
 def has_remote(repo: Any) -> bool:
-    """Whether a DVC remote is configured to pull from."""
-    return bool(repo.config["core"].get("remote"))
+    """Whether there is a DVC remote to pull from: one is configured and, where it is a folder, that is there."""
+    name = repo.config["core"].get("remote")
+    url = str(repo.config["remote"].get(name, {}).get("url", ""))
+    return bool(url) and ("://" in url or Path(url).is_dir())
 
 
 def fetch_data(settings: Settings, timeout_s: float) -> str | None:
@@ -172,7 +160,7 @@ def _require_cached(repo: Any, out: Any) -> None:
         OSError: the disk is full.
         VersioningError: they are not there for another reason.
     """
-    objects = {entry.name: Path(out.cache.oid_to_path(entry.digest)) for entry in _listed_files(out) or ()}
+    objects = {entry.name: Path(out.cache.oid_to_path(entry.digest)) for entry in listed_files(out) or ()}
     if objects and all(path.is_file() for path in objects.values()):
         return
     cache = Path(out.cache.path)

