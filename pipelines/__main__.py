@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +15,12 @@ from pipelines.settings import Settings
 
 if TYPE_CHECKING:
     from pipelines.additions import Added
+    from pipelines.promotion import Promotion
 
 app = typer.Typer(
-    help="Get the data, build and judge a candidate, publish it, serve it. Settings: environment variables DIGITS_*.",
+    help="Get the data, build and judge a candidate, publish it, serve it. Settings: environment variables DIGITS_*. "
+    "Exit codes: 0 done; 1 failed, with one line that says why; 2 wrong usage; 3 the gate rejected the candidate; "
+    "4 a version built again is not the same.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,6 +29,8 @@ app = typer.Typer(
 
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, for machines.")]
+Note = Annotated[str, typer.Option(help="Why, for the ledger.")]
+VersionNumber = Annotated[int, typer.Argument(min=0, help="The number of a published version.")]
 
 
 def _tell(text: str) -> None:
@@ -105,6 +111,93 @@ def publish() -> None:
 
 
 @app.command()
+def history(
+    limit: Annotated[int, typer.Option(min=1, help="Only the newest so many decisions.")] = 20,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="Only release, rejection, promotion, rollback, prune or reproduction; may be repeated."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What was decided, when and by whom: the ledger's newest rows."""
+    from pipelines import ledger, recovery
+    from pipelines.history import print_history, print_json
+
+    try:
+        kinds = [ledger.Kind(name) for name in kind or ()]
+    except ValueError as err:
+        raise typer.BadParameter(f"{err}; expected one of: {', '.join(ledger.Kind)}", param_hint="--kind") from err
+    settings = Settings()
+    recovery.complete(settings, tell=_tell)
+    entries = ledger.read(settings, kinds=kinds, limit=limit)
+    if as_json:
+        print_json([entry.as_json() for entry in entries])
+    else:
+        print_history(settings, entries, shortened=len(entries) == limit)
+
+
+@app.command()
+def show(version: VersionNumber, as_json: Json = False) -> None:
+    """Where a version comes from: data, commit, parameters, metrics, the gate's words, and all decisions about it.
+
+    VERSION is what a served answer has as its model_version.
+    """
+    from pipelines.history import account_of, print_account, print_json
+
+    account = account_of(Settings(), version, tell=_tell)
+    if as_json:
+        print_json(account.as_json())
+    else:
+        print_account(account)
+
+
+@app.command()
+def promote(version: VersionNumber, note: Note = "", as_json: Json = False) -> None:
+    """Serve a published version by default, and keep the one before it loaded. Part of release."""
+    from pipelines import recovery
+    from pipelines.promotion import promote as run_promote
+
+    settings = Settings()
+    _report(run_promote(settings, version, note=note, tell=_tell), as_json)
+    recovery.complete(settings, tell=_tell)
+
+
+@app.command()
+def rollback(
+    to: Annotated[int | None, typer.Option(min=0, help="The version to serve; default: the one served before.")] = None,
+    note: Note = "",
+    as_json: Json = False,
+) -> None:
+    """Serve a lower version again, within seconds. What is left behind is promoted again only by hand."""
+    from pipelines import recovery
+    from pipelines.promotion import rollback as run_rollback
+
+    settings = Settings()
+    _report(run_rollback(settings, to, note=note, tell=_tell), as_json)
+    recovery.complete(settings, tell=_tell)
+
+
+@app.command()
+def prune(
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions to keep.")] = 5,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove old versions; never the served one, its predecessor, the champion or the newest."""
+    from pipelines.history import print_json
+    from pipelines.prune import prune as run_prune
+
+    done = run_prune(Settings(), keep, dry_run=dry_run, tell=_tell)
+    if as_json:
+        print_json({"removed": done.removed, "kept": done.kept, "dry_run": dry_run})
+        return
+    for number, reason in done.kept.items():
+        print(f"kept     {number}  ({reason})")
+    for number in done.removed:
+        print(f"{'would go' if dry_run else 'removed '} {number}")
+
+
+@app.command()
 def schedule(
     cron: Annotated[str, typer.Option(help="When, in cron's five fields, UTC.")] = "0 3 * * *",
     name: Annotated[str, typer.Option(help="Name of the Prefect deployment.")] = "scheduled",
@@ -125,6 +218,20 @@ def run(
     from pipelines.run import run as run_all
 
     raise typer.Exit(run_all(Settings(), skip_release=skip_release))
+
+
+def _report(done: "Promotion", as_json: bool) -> None:
+    """How a promotion or rollback ended."""
+    if as_json:
+        from pipelines.history import print_json
+
+        print_json(asdict(done))
+    elif done.new:
+        before = "" if done.previous is None else f", in place of {done.previous}"
+        how = {None: "", True: "; the model server says so too", False: "; the model server does not say so yet"}
+        print(f"version {done.version} is served{before} ({done.duration_s:.1f} s{how[done.confirmed]})")
+    else:
+        print(f"version {done.version} is served already")
 
 
 def main() -> None:

@@ -1,11 +1,14 @@
 """The candidate that the DVC stages left under ``artifacts/``, and what the gate said of it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from digits.errors import DigitsError
+from pipelines import ledger
+from pipelines.lineage import provenance
 from pipelines.settings import Settings
 
 
@@ -83,6 +86,17 @@ def read_candidate(settings: Settings) -> Candidate:
     if not (saved_model / "saved_model.pb").is_file():
         raise CandidateError(f"expected the exported model in {saved_model}; found none. Run: dvc repro")
     return Candidate(verdict.model_sha256, saved_model, metrics, verdict.decision)
+
+
+def record_rejection(settings: Settings, verdict: Verdict, *, tell: Callable[[str], None] = lambda _text: None) -> None:
+    """Put the gate's rejection into the ledger; once, however often the same verdict is met."""
+    try:
+        metrics = _read_json(settings.artifacts_dir / "evaluate" / "metrics.json")
+    except CandidateError:
+        metrics = {}
+    sha256 = verdict.model_sha256 or None
+    row = ledger.rejection(verdict.decision, provenance(settings), model_sha256=sha256, metrics=metrics)
+    ledger.record(settings, row, tell=tell)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -54,10 +54,15 @@ def read_yaml(path: Path) -> Any:
 
 def write_json_atomically(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that a reader sees the old file or the whole new one, also after a power cut."""
+    write_text_atomically(path, _json(content))
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write text so that a reader sees the old file or the whole new one, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
-        write_json(part, content)
+        _write(part, text)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -66,9 +71,16 @@ def write_json_atomically(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON and see it on the disk."""
+    _write(path, _json(content))
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, sort_keys=True, allow_nan=False)
-        stream.write("\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
 

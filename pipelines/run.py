@@ -30,16 +30,18 @@ from rich.console import Console
 
 from digits import contract
 from digits.errors import DigitsError
-from pipelines import versioning
+from pipelines import serving_config, versioning
 from pipelines.candidate import CandidateError, read_verdict
+from pipelines.champion import champion_record, served_version
 from pipelines.dataset import check_folder, require_undamaged
 from pipelines.exit_codes import Exit
 from pipelines.ingest import expected_files
 from pipelines.locks import only_one
 from pipelines.processes import LEASH, leashed, stop_session
-from pipelines.publish import champion_record, newest_version
+from pipelines.promotion import is_withdrawn
 from pipelines.settings import Settings
 from pipelines.stages import GATE
+from pipelines.versions import newest_version
 
 _STOP_GRACE_S: Final = 20
 """For a server to finish what it is doing after SIGTERM."""
@@ -138,10 +140,14 @@ def why_not_up_to_date(settings: Settings) -> str | None:
         changed &= judged
     if changed:
         return f"changed: {', '.join(sorted(changed))}"
-    champion = champion_record(settings) or {}
-    if champion.get("version") != newest.number or (verdict.approved and newest.model_sha256 != verdict.model_sha256):
+    served, champion = served_version(settings), champion_record(settings) or {}
+    if served is None or champion.get("version") != served.number:
+        return "the champion's record is not about what is served"
+    if not verdict.approved or verdict.model_sha256 == served.model_sha256:
+        return None
+    if verdict.model_sha256 != newest.model_sha256:
         return "the candidate is not published"
-    return None
+    return None if is_withdrawn(settings, newest.number) else f"version {newest.number} is not promoted"
 
 
 def _bring_up_to_date(settings: Settings, console: Console, servers: "_Servers") -> bool:
@@ -155,12 +161,12 @@ def _bring_up_to_date(settings: Settings, console: Console, servers: "_Servers")
         console.print(f"release: {reason}")
         code = _run_to_its_end([sys.executable, "-m", "pipelines", "release"], settings.project, servers)
         if code not in (Exit.DONE, Exit.REJECTED):
-            if newest := newest_version(settings.versions_dir):
-                console.print(f"to serve version {newest.number} as it is: python -m pipelines run --skip-release")
+            if served := served_version(settings):
+                console.print(f"to serve version {served.number} as it is: python -m pipelines run --skip-release")
             return False
-    newest = newest_version(settings.versions_dir)
-    if newest is not None:
-        console.print(f"serving version {newest.number}")
+    served = served_version(settings)
+    if served is not None:
+        console.print(f"serving version {served.number}")
     return True
 
 
@@ -195,11 +201,14 @@ class _Servers:
         self._logs.mkdir(parents=True, exist_ok=True)
         config = settings.run_dir / "supervisord.conf"
         config.write_text(supervisor_config(settings), encoding="utf-8")
+        serving_config.ensure(settings)
+        # The label is a default: an empty DIGITS_MODEL_LABEL has the gateway serve the newest version.
+        label = {"DIGITS_MODEL_LABEL": serving_config.LABEL}
         upstream = {"DIGITS_UPSTREAM": f"127.0.0.1:{settings.model_server_port}"}
         self._process = subprocess.Popen(
             leashed([sys.executable, "-m", "supervisor.supervisord", "--nodaemon", "--configuration", str(config)]),
             cwd=settings.project,
-            env={**os.environ, **upstream},
+            env={**label, **os.environ, **upstream},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -302,8 +311,9 @@ def model_server_command(settings: Settings) -> list[str]:
         *([binary] if binary else [sys.executable, "-m", "serving.model_server"]),
         f"--port={settings.model_server_port}",
         f"--rest_api_port={settings.model_server_rest_port}",
-        f"--model_name={contract.MODEL_NAME}",
-        f"--model_base_path={settings.versions_dir}",
+        f"--model_config_file={settings.serving_config_file}",
+        "--model_config_file_poll_wait_seconds=1",
+        "--allow_version_labels_for_unavailable_models=true",
     ]
 
 

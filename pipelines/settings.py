@@ -23,6 +23,13 @@ class Settings(BaseSettings):
     models_dir: Path = Path("models")
     """Published versions go to ``<models_dir>/digits/<n>/``. A relative path starts at the project."""
 
+    served_models_dir: Path | None = None
+    """``models_dir`` as the model server sees it, where that differs, as in containers: ``/models``."""
+
+    ledger_url: SecretStr | None = None
+    """The release ledger: ``postgresql://user@host/database``. Default: the file ``run/ledger.sqlite``. A password need
+    not be in here: PostgreSQL's own PGPASSFILE names a file that holds it."""
+
     revision: str | None = None
     """The commit that the code is of, for the lineage, where there is no git to ask: in a container image."""
 
@@ -40,6 +47,15 @@ class Settings(BaseSettings):
 
     model_server_rest_port: Port = 8501
     """Model server, REST."""
+
+    model_server_url: str | None = None
+    """The model server's REST address, asked whether a version is loaded. Default: this machine, at the port above."""
+
+    model_server_timeout_s: Seconds = 2.0
+    """How long it may take to answer that. A promotion goes on without it."""
+
+    load_timeout_s: Seconds = 60.0
+    """How long the model server may take to load and warm a version that is to be served."""
 
     source_timeout_s: Seconds = 180.0
     """At most so long for one source of the raw data, retries included."""
@@ -109,8 +125,13 @@ class Settings(BaseSettings):
         return (self.project / self.models_dir / contract.MODEL_NAME).absolute()
 
     @property
+    def serving_config_file(self) -> Path:
+        """The model server's ``--model_config_file``: which versions are loaded, and which is served by default."""
+        return self.versions_dir.parent / "models.config"
+
+    @property
     def champion_file(self) -> Path:
-        """The record of the version now published; a dependency of the gate stage."""
+        """The record of the version now served by default; a dependency of the gate stage."""
         return self.project / "models" / "champion" / "champion.json"
 
     @property

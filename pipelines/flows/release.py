@@ -13,15 +13,17 @@ from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled, Completed, State
 
-from pipelines import versioning
-from pipelines.candidate import read_verdict
+from pipelines import recovery, versioning
+from pipelines.candidate import read_verdict, record_rejection
 from pipelines.flows import artifacts, cancellation
 from pipelines.flows.hooks import REFUSED, REJECTED, settings_of, tell_webhook
 from pipelines.flows.steps import say, terminal, watch
 from pipelines.ingest import Ingested
 from pipelines.ingest import ingest as run_ingest
 from pipelines.locks import RELEASE_LOCK, Busy, only_one
-from pipelines.publish import Published, record_champion
+from pipelines.promotion import Promotion, is_withdrawn
+from pipelines.promotion import promote as run_promote
+from pipelines.publish import Published
 from pipelines.publish import publish as run_publish
 from pipelines.settings import Settings
 from pipelines.stages import GATE, StageBusy, StageKilled, StageReport, Stages
@@ -78,6 +80,21 @@ def publish(settings: Settings) -> Published:
     return done
 
 
+@task(name="promote", cache_policy=NO_CACHE)
+def promote(settings: Settings, number: int) -> Promotion | None:
+    """The published version served by default. None when a person rolled it back: only a person promotes it again."""
+    if is_withdrawn(settings, number):
+        say(f"– promote     version {number} was rolled back; to serve it again: python -m pipelines promote {number}")
+        return None
+    done = run_promote(settings, number, tell=say)
+    say(
+        f"✓ promote     version {number} is served, {duration(done.duration_s)} after the call"
+        if done.new
+        else f"– promote     version {number} is served already"
+    )
+    return done
+
+
 @flow(
     name="release",
     validate_parameters=False,
@@ -117,17 +134,19 @@ def release(project: str | None = None, watched: bool = False) -> Any:
 
 
 def _release(settings: Settings, stages: Stages) -> Published | State:
-    if record_champion(settings):  # an earlier run was cut off between its last two steps
-        say("✓ the champion's record was missing or old: completed")
+    for completed in recovery.complete(settings, tell=say):  # an earlier run was cut off
+        say(f"✓ {completed}")
     timed = {"timeout_seconds": settings.step_timeout_s}
     ingest.with_options(**timed)(settings)
     for stage in versioning.stages_in_order(settings):
         run_stage(settings, stages, stage.name)
         if stage.name == GATE and not (verdict := read_verdict(settings)).approved:
             say(f"✗ rejected    {verdict.reason}")
+            record_rejection(settings, verdict, tell=say)
             return Completed(name=REJECTED, message=verdict.reason)
     done = publish.with_options(**timed)(settings)
-    if done.new:
+    promotion = promote.with_options(**timed)(settings, done.version.number)
+    if done.new or (promotion and promotion.new):
         # The champion is a new one now: judge again, so that DVC finds the decision up to date.
         run_stage.with_options(task_run_name=f"{GATE} again")(settings, stages, GATE)
     return done

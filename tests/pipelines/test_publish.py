@@ -15,8 +15,9 @@ from pipelines.candidate import CandidateError, Rejected
 from pipelines.dataset import digest_of
 from pipelines.disk import DiskError
 from pipelines.locks import Busy, only_one
-from pipelines.publish import PublishError, newest_version, publish
+from pipelines.publish import PublishError, publish
 from pipelines.settings import Settings
+from pipelines.versions import newest_version
 from tests.pipelines.conftest import environment_for
 
 

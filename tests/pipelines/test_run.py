@@ -130,7 +130,7 @@ def test_serves_at_once_restarts_what_falls_over_and_stops_cleanly(served: Path)
             with suppress(httpx.TransportError):
                 after = httpx.get(stack.url + "/readyz").text
         flags = (served / "run" / "logs" / "model-server.log").read_text()
-        assert f"--model_name=digits --model_base_path={served}/models/digits" in flags
+        assert f"--model_config_file={served}/models/models.config --model_config_file_poll_wait_seconds=1" in flags
         processes = stack.everything()
         assert len(processes) == 4  # itself, supervisord, two servers
         stack.process.send_signal(signal.SIGINT)
@@ -259,5 +259,5 @@ def test_odd_folder_names_survive_supervisords_configuration(tmp_path: Path) -> 
     parser = configparser.RawConfigParser(inline_comment_prefixes=(" ;",))
     parser.read_string(supervisor_config(Settings(project=project)))
     command = shlex.split(parser["program:model-server"]["command"].replace("%%", "%"))
-    assert command[-1] == f"--model_base_path={project}/models/digits"
+    assert f"--model_config_file={project}/models/models.config" in command
     assert parser["program:gateway"]["directory"].replace("%%", "%") == str(project)
