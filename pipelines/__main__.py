@@ -28,6 +28,9 @@ app = typer.Typer(
 )
 
 
+EXIT_DIFFERS = 4
+"""Exit code of a reproduction that is not identical: nothing is broken here, but the version cannot be had again."""
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, for machines.")]
 Note = Annotated[str, typer.Option(help="Why, for the ledger.")]
 VersionNumber = Annotated[int, typer.Argument(min=0, help="The number of a published version.")]
@@ -175,6 +178,23 @@ def rollback(
     settings = Settings()
     _report(run_rollback(settings, to, note=note, tell=_tell), as_json)
     recovery.complete(settings, tell=_tell)
+
+
+@app.command()
+def reproduce(version: VersionNumber, as_json: Json = False) -> None:
+    """Build a version again from its commit, data and parameters, and compare the weights. Takes as long as a release.
+
+    Nothing of the project is touched. Exit code 0: identical. 4: not identical; where they part is said.
+    """
+    from pipelines.history import print_json
+    from pipelines.reproduce import reproduce as run_reproduce
+
+    done = run_reproduce(Settings(), version, tell=_tell, terminal=sys.stderr)
+    if as_json:
+        print_json(asdict(done))
+    else:
+        print(done.summary)
+    raise typer.Exit(0 if done.identical else EXIT_DIFFERS)
 
 
 @app.command()

@@ -22,7 +22,7 @@ _PACKAGES: Final = ("tensorflow", "keras", "numpy", "dvc", "prefect", "great-exp
 def provenance(settings: Settings) -> dict[str, Any]:
     """Enough to find the commit, data and parameters of what the stages have made, and to make it again."""
     params = settings.project / "params.yaml"
-    stages = _stage_hashes(settings.project / "dvc.lock")
+    stages = stage_hashes(settings.project / "dvc.lock")
     return {
         "git": git_state(settings),
         "data_md5": versioning.data_hash(settings),
@@ -81,7 +81,7 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def _stage_hashes(lock_file: Path) -> dict[str, Any]:
+def stage_hashes(lock_file: Path) -> dict[str, Any]:
     """For each stage, what DVC recorded of its dependencies and outputs: path -> MD5."""
     try:
         stages = read_yaml(lock_file)["stages"]

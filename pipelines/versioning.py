@@ -103,7 +103,16 @@ def has_remote(repo: Any) -> bool:
 
 def fetch_data(settings: Settings, timeout_s: float) -> str | None:
     """Bring the raw data from the default DVC remote into the cache. What went wrong, or None."""
-    command = [sys.executable, "-m", "dvc", "fetch", "--quiet", DATA_RECORD]
+    return _dvc(settings, timeout_s, "fetch")
+
+
+def pull_data(settings: Settings, timeout_s: float) -> str | None:
+    """Bring the raw data from the default DVC remote into ``data/``. What went wrong, or None."""
+    return _dvc(settings, timeout_s, "pull")
+
+
+def _dvc(settings: Settings, timeout_s: float, verb: str) -> str | None:
+    command = [sys.executable, "-m", "dvc", verb, "--quiet", DATA_RECORD]
     try:
         done = subprocess.run(
             command, cwd=settings.project, capture_output=True, text=True, timeout=timeout_s, check=False
@@ -112,7 +121,7 @@ def fetch_data(settings: Settings, timeout_s: float) -> str | None:
         return f"no answer within {timeout_s:.0f} s"
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return lines[0].removeprefix("ERROR: ") if lines else f"dvc fetch exited with {done.returncode}"
+        return lines[0].removeprefix("ERROR: ") if lines else f"dvc {verb} exited with {done.returncode}"
     return None
 
 
