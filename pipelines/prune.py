@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from pipelines import ledger, serving_config
@@ -14,6 +15,9 @@ from pipelines.settings import Settings
 from pipelines.versions import read_lineage, version_numbers
 
 _PRUNED: Final = ".pruned-"
+"""Decided; its row may still be missing from the ledger."""
+
+_RECORDED: Final = ".removed-"
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ def prune(
                 (store / str(number)).rename(store / f"{_PRUNED}{number}")
                 fsync_folder(store)
                 if ledger.record(settings, ledger.prune(lineage, number), tell=tell):
-                    shutil.rmtree(store / f"{_PRUNED}{number}", ignore_errors=True)
+                    _remove(store / f"{_PRUNED}{number}")
+            _remove_recorded(store)
     return Pruned(removed, kept)
 
 
@@ -93,4 +98,17 @@ def pruned_lineages(settings: Settings) -> Iterator[tuple[int, dict[str, Any]]]:
 def remove_pruned(settings: Settings) -> None:
     """Remove the files of versions whose removal is recorded."""
     for folder in settings.versions_dir.glob(f"{_PRUNED}*"):
+        _remove(folder)
+    _remove_recorded(settings.versions_dir)
+
+
+def _remove(folder: Path) -> None:
+    """Under a third name, so that a folder whose lineage is already gone is not taken for one to be recorded."""
+    recorded = folder.with_name(folder.name.replace(_PRUNED, _RECORDED))
+    folder.rename(recorded)
+    shutil.rmtree(recorded, ignore_errors=True)
+
+
+def _remove_recorded(store: Path) -> None:
+    for folder in store.glob(f"{_RECORDED}*"):
         shutil.rmtree(folder, ignore_errors=True)

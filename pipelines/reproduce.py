@@ -48,7 +48,7 @@ class Reproduction:
         rebuilt_sha256: the weights that were built now.
         variables_identical: whether the SavedModel's variables are the same files; its graph's file never is.
         differing_outputs: ``stage: path`` of each stage output with another content, in the order of the stages.
-        differing_sources: files the stages depend on that are not in the commit as they were: changed and not committed.
+        differing_sources: files that the stages depend on and that had changes which were not committed.
         differing_packages: package -> version then and now.
         duration_s: for all of it.
     """

@@ -94,9 +94,9 @@ def promoted(settings: Settings) -> int | None:
 def only_writer(settings: Settings, wait_s: float) -> Iterator[None]:
     """Hold the right to change models.config while the block runs. Raises ``Busy`` when another holds it still."""
     folder = settings.versions_dir.parent
-    with disk_errors("which version is served", folder, "what is served is as it was"):
-        folder.mkdir(parents=True, exist_ok=True)
-    with only_one(folder / ".promotion.lock", "promotion", wait_s):
+    with contextlib.ExitStack() as stack:
+        with disk_errors("which version is served", folder, "what is served is as it was"):
+            stack.enter_context(only_one(folder / ".promotion.lock", "promotion", wait_s))
         yield
 
 
@@ -190,7 +190,7 @@ def _parse(text: str, path: Path) -> ServingConfig:
         (model,) = (m for m in message.model_config_list.config if m.name == contract.MODEL_NAME)
         found = _STATE.search(text)
         state = json.loads(found.group(1)) if found else {}
-    except ValueError as err:  # text_format.ParseError is one
+    except (text_format.ParseError, ValueError) as err:
         raise ServingConfigError(
             f"{path} is no configuration of the model {contract.MODEL_NAME} ({' '.join(str(err).split())}). Move it "
             "away; then `python -m pipelines promote N` writes a new one"

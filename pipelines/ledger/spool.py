@@ -4,8 +4,9 @@ A database that is away stops nothing and undoes nothing: what was decided waits
 delivers it. Taken twice, as after a kill between the two steps, it is in the ledger once: its id is unique there.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipelines.disk import write_json_atomically
@@ -32,10 +33,11 @@ def record(settings: Settings, decision: Decision, *, tell: Callable[[str], None
     """
     folder = spool_dir(settings)
     try:
-        number = max((int(path.name.partition("-")[0]) for path in _files(folder)), default=0) + 1
-        write_json_atomically(folder / f"{number:08d}-{decision.id}.json", decision.as_json())
-    except OSError as err:
-        tell(f"the ledger's spool {folder} cannot be written ({err.strerror or err}): {decision.kind} not recorded yet")
+        with _spool_alone(settings):
+            number = max((int(path.name.partition("-")[0]) for path in _files(folder)), default=0) + 1
+            write_json_atomically(folder / f"{number:08d}-{decision.id}.json", decision.as_json())
+    except (OSError, Busy) as err:
+        tell(f"the ledger's spool {folder} cannot be written ({err}): {decision.kind} not recorded yet")
         return False
     deliver(settings, tell=tell)
     return True
@@ -58,7 +60,8 @@ def deliver(
         return True
     try:
         with only_one(settings.run_dir / "ledger.lock", "writer of the ledger", _WAIT_S):
-            files = _readable(settings, tell)
+            with _spool_alone(settings):
+                files = _readable(settings, tell)
             database.append(settings, [*files.values(), *also])
             for path in files:
                 path.unlink()
@@ -80,6 +83,15 @@ def waiting(settings: Settings) -> list[Path]:
 def spool_dir(settings: Settings) -> Path:
     """Where they wait."""
     return settings.run_dir / "ledger-spool"
+
+
+@contextlib.contextmanager
+def _spool_alone(settings: Settings) -> Iterator[None]:
+    """Nobody else adds meanwhile, so what is half-written there is of one who was killed: it goes."""
+    with only_one(settings.run_dir / "ledger-spool.lock", "writer of the ledger's spool", _WAIT_S):
+        for part in spool_dir(settings).glob(".*.part"):
+            part.unlink()
+        yield
 
 
 def _files(folder: Path) -> list[Path]:

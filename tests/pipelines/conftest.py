@@ -38,10 +38,13 @@ def run(project: Path, *words: str, timeout_s: float = 120, **environment: str) 
 
 
 def environment_for(project: Path, **extra: str) -> dict[str, str]:
-    """Our packages can be imported, but a project's own `training` comes first."""
-    return clean_environment(
-        PYTHONPATH=f"{project}:{ROOT}", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", **extra
-    )
+    """Our packages can be imported, but a project's own `training` comes first. No model server can be asked."""
+    defaults = {
+        "PYTHONPATH": f"{project}:{ROOT}",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "DIGITS_MODEL_SERVER_URL": "http://127.0.0.1:9",
+    }
+    return clean_environment(**defaults | extra)
 
 
 @pytest.fixture(scope="session")

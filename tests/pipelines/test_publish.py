@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from digits import contract
+from pipelines import ledger, recovery
 from pipelines.candidate import CandidateError, Rejected
 from pipelines.dataset import digest_of
 from pipelines.disk import DiskError
@@ -19,6 +19,7 @@ from pipelines.publish import PublishError, publish
 from pipelines.settings import Settings
 from pipelines.versions import newest_version
 from tests.pipelines.conftest import environment_for
+from tests.pipelines.killing import die_at
 
 
 @pytest.fixture(autouse=True)
@@ -135,31 +136,6 @@ def test_candidate_that_answers_otherwise_is_not_published(candidate) -> None:
     assert not settings.champion_file.exists()
 
 
-def publish_and_die_at(settings: Settings, operation: int) -> bool:
-    """Publish in a child process that is killed -9 just before its n-th file operation. False: it finished."""
-    child = os.fork()
-    if child == 0:
-        try:
-            seen = 0
-
-            def count(event: str, arguments: tuple) -> None:
-                nonlocal seen
-                writes = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-                if writes or event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "subprocess.Popen"):
-                    seen += 1
-                    if seen == operation:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(count)
-            publish(settings)
-            os._exit(0)
-        except BaseException:  # noqa: BLE001  # whatever it is, the child must end here
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL, f"the publisher failed: {status}"
-    return status != 0
-
-
 def with_other_weights(settings: Settings, weights: str) -> None:
     """The candidate as the stages would leave it with other weights, without running them."""
     sha256 = hashlib.sha256(weights.encode()).hexdigest()
@@ -177,7 +153,7 @@ def test_killed_between_any_two_file_operations_the_next_run_completes(candidate
     while True:
         operation += 1
         with_other_weights(settings, f"weights {operation}")
-        killed = publish_and_die_at(settings, operation)
+        killed = die_at(operation, lambda: publish(settings))
         for version in versions(settings):
             require_whole(settings.versions_dir / version)
         done = publish(settings)
@@ -190,7 +166,10 @@ def test_killed_between_any_two_file_operations_the_next_run_completes(candidate
         if not killed:
             break
         killed_at.append(operation)
-    assert len(killed_at) > 10  # folders, copies, the check, lineage, rename, champion
+    assert len(killed_at) > 10  # folders, copies, the check, lineage, rename, champion, ledger
+    recovery.complete(settings)
+    assert [entry.decision.version for entry in ledger.read(settings)] == list(range(1, number + 1))
+    assert ledger.waiting(settings) == []
 
 
 def test_two_publishers_at_once_make_one_version(candidate, toy: Path) -> None:
