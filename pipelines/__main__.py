@@ -107,9 +107,12 @@ def release(as_json: Json = False) -> None:
 @app.command()
 def publish() -> None:
     """Publish the candidate under artifacts/ as the next version, if the gate approved it. Part of release."""
+    from pipelines import recovery
     from pipelines.publish import publish as run_publish
 
-    done = run_publish(Settings())
+    settings = Settings()
+    recovery.complete(settings, tell=_tell)
+    done = run_publish(settings, tell=_tell)
     print(f"version {done.version.number} {'published' if done.new else 'holds these weights already'}")
 
 
