@@ -20,16 +20,13 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Get the data, build and judge a candidate, publish it, serve it. Settings: environment variables DIGITS_*. "
     "Exit codes: 0 done; 1 failed, with one line that says why; 2 wrong usage; 3 the gate rejected the candidate; "
-    "4 a version built again is not the same.",
+    "4 a version built again is not the same; 5 another one is at work; 130 stopped on request.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-
-EXIT_DIFFERS = 4
-"""Exit code of a reproduction that is not identical: nothing is broken here, but the version cannot be had again."""
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, for machines.")]
 Note = Annotated[str, typer.Option(help="Why, for the ledger.")]
@@ -127,7 +124,8 @@ def history(
 ) -> None:
     """What was decided, when and by whom: the ledger's newest rows."""
     from pipelines import ledger, recovery
-    from pipelines.history import print_history, print_json
+    from pipelines.history import print_history
+    from pipelines.text import print_json
 
     try:
         kinds = [ledger.Kind(name) for name in kind or ()]
@@ -148,7 +146,8 @@ def show(version: VersionNumber, as_json: Json = False) -> None:
 
     VERSION is what a served answer has as its model_version.
     """
-    from pipelines.history import account_of, print_account, print_json
+    from pipelines.history import account_of, print_account
+    from pipelines.text import print_json
 
     account = account_of(Settings(), version, tell=_tell)
     if as_json:
@@ -189,15 +188,15 @@ def reproduce(version: VersionNumber, as_json: Json = False) -> None:
 
     Nothing of the project is touched. Exit code 0: identical. 4: not identical; where they part is said.
     """
-    from pipelines.history import print_json
     from pipelines.reproduce import reproduce as run_reproduce
+    from pipelines.text import print_json
 
     done = run_reproduce(Settings(), version, tell=_tell, terminal=sys.stderr)
     if as_json:
         print_json(asdict(done))
     else:
         print(done.summary)
-    raise typer.Exit(0 if done.identical else EXIT_DIFFERS)
+    raise typer.Exit(Exit.DONE if done.identical else Exit.DIFFERS)
 
 
 @app.command()
@@ -207,8 +206,8 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Remove old versions; never the served one, its predecessor, the champion or the newest."""
-    from pipelines.history import print_json
     from pipelines.prune import prune as run_prune
+    from pipelines.text import print_json
 
     done = run_prune(Settings(), keep, dry_run=dry_run, tell=_tell)
     if as_json:
@@ -246,7 +245,7 @@ def run(
 def _report(done: "Promotion", as_json: bool) -> None:
     """How a promotion or rollback ended."""
     if as_json:
-        from pipelines.history import print_json
+        from pipelines.text import print_json
 
         print_json(asdict(done))
     elif done.new:

@@ -10,6 +10,8 @@ class Exit(IntEnum):
     FAILED = 1
     REJECTED = 3
     """The gate rejected the candidate: nothing is broken, and nothing was published."""
+    DIFFERS = 4
+    """A version was built again and is not the same: nothing is broken, and nothing was changed."""
     BUSY = 5
     """Another one is at work here: nothing was done."""
     STOPPED = 130

@@ -1,7 +1,5 @@
 """What the ledger and the published versions say, for people and for machines: ``history`` and ``show N``."""
 
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,11 +82,6 @@ def print_account(account: Account) -> None:
         console.print(_checks_table(checks))
     if account.entries:
         console.print(history_table(account.entries, title="decisions about it"))
-
-
-def print_json(content: Any) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def history_table(entries: Sequence[Entry], *, title: str) -> Table:

@@ -1,7 +1,5 @@
 """``python -m pipelines release``: the release flow, with its own Prefect server if there is no other."""
 
-import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,6 +11,7 @@ from pipelines.candidate import Verdict, read_verdict
 from pipelines.exit_codes import Exit
 from pipelines.locks import RELEASE_LOCK, Busy, only_one
 from pipelines.settings import Settings
+from pipelines.text import print_json
 
 if TYPE_CHECKING:
     from pipelines.publish import Published
@@ -78,12 +77,6 @@ def _print_published(done: "Published", as_json: bool) -> None:
     accuracy = metrics.get("accuracy")
     with_accuracy = f", {accuracy:.2%} of the test images right" if isinstance(accuracy, float) else ""
     Console().print(f"version {version.number} {outcome}: {version.folder}{with_accuracy}", soft_wrap=True)
-
-
-def print_json(content: dict[str, Any]) -> None:
-    """One JSON object on stdout, for machines."""
-    sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
 
 
 def print_verdict(verdict: Verdict) -> None:

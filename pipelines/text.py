@@ -1,5 +1,7 @@
 """Figures as people read them."""
 
+import json
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,3 +29,9 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from flat(value, f"{prefix}{name}.")
         elif not isinstance(value, list):
             yield f"{prefix}{name}", value
+
+
+def print_json(content: Any) -> None:
+    """One JSON document on stdout, for machines."""
+    sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
