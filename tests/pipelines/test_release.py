@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from pipelines import prefect_server, versioning
+from pipelines import ledger, prefect_server, serving_config, versioning
 from pipelines.locks import only_one
 from pipelines.settings import Settings
 from tests.pipelines.conftest import environment_for, run
@@ -105,6 +105,21 @@ def test_second_release_does_nothing_but_complete_a_lost_record(released: Path, 
     assert versions(released) == ["1"]
 
 
+def test_release_leaves_a_rollback_alone(released: Path, prefect_url: str) -> None:
+    """What a person went back from is not promoted again by the next release, though the gate approves it still."""
+    (released / "weights.txt").write_text("second")
+    for words in (("dvc", "repro"), ("pipelines", "publish"), ("pipelines", "promote", "2"), ("pipelines", "rollback")):
+        assert run(released, *words).returncode == 0
+    done = release(released, prefect_url)
+    assert done.returncode == 0, done.stderr
+    assert "version 2 was rolled back; to serve it again: python -m pipelines promote 2" in done.stderr
+    settings = Settings(project=released)
+    assert serving_config.promoted(settings) == 1
+    assert json.loads(settings.champion_file.read_text())["version"] == 1
+    rows = [(str(e.decision.kind), e.decision.version) for e in ledger.read(settings)]
+    assert rows == [("release", 1), ("promotion", 1), ("release", 2), ("promotion", 2), ("rollback", 1)]
+
+
 def test_rejected_candidate_ends_in_a_state_of_that_name(released: Path, prefect_url: str) -> None:
     """Exit code 3, the gate's rows in a table, no export, no new version; the record in Prefect says Rejected.
 
@@ -133,6 +148,11 @@ def test_rejected_candidate_ends_in_a_state_of_that_name(released: Path, prefect
     assert {"metric": "accuracy", "value": 0.98} in json.loads(artifacts["metrics"]["data"])
     assert "| ✓ | accuracy | 0.98 | 0.9 | the floor |" in artifacts["decision"]["data"]
     assert "| commit | `" in artifacts["published"]["data"]
+    rows = ledger.read(Settings(project=released))
+    kinds = [(str(row.decision.kind), row.decision.version) for row in rows]
+    assert kinds == [("release", 1), ("promotion", 1), ("rejection", None), ("release", 2), ("promotion", 2)]
+    assert rows[2].decision.note == "accuracy is below its floor"
+    assert ", flow run " in rows[3].decision.who
 
 
 class Webhook:
