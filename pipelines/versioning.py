@@ -236,8 +236,11 @@ def stage_changed(settings: Settings, name: str) -> bool:
         Locked: another DVC command is at work.
         VersioningError: there is no such stage.
     """
+    file, _, stage_name = name.rpartition(":")
+    # DVC takes a relative path from the current folder, which need not be the project's.
+    target = f"{settings.project.absolute() / (file or 'dvc.yaml')}:{stage_name}"
     with open_repo(settings) as repo:
-        (stage,) = repo.stage.collect(name)
+        (stage,) = repo.stage.collect(target)
         with repo.lock:
             return bool(stage.changed())
 

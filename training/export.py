@@ -35,6 +35,12 @@ class NotApproved(DigitsError):
     code = "not_approved"
 
 
+class NotWritten(DigitsError):
+    """The exported model cannot be stored."""
+
+    code = "not_written"
+
+
 def export(workspace: Workspace, params: Params, console: Console) -> None:
     """The stage: write artifacts/export/{saved_model/, export.json} for an approved candidate.
 
@@ -44,6 +50,7 @@ def export(workspace: Workspace, params: Params, console: Console) -> None:
     Raises:
         NotApproved: the gate judged other weights. Nothing is written.
         NotTheSame: the export differs from Keras on the golden images.
+        NotWritten: the disk is full, or cannot be written.
     """
     model_file = workspace.artifact("train", "model.keras")
     approval = read_json(workspace.artifact("gate", "approval.json"))
@@ -64,6 +71,11 @@ def export(workspace: Workspace, params: Params, console: Console) -> None:
         golden = choose_golden(held_out, params.export.golden_images)
         difference = write_saved_model(part, model, golden, params.export.warmup_batch_sizes)
         part.rename(out / "saved_model")
+    except (OSError, tf.errors.OpError) as err:
+        raise NotWritten(
+            f"cannot write the exported model in {out}: {' '.join(str(err).split())[:200]}. Nothing was exported; "
+            "mend that (often: free some disk space) and run `dvc repro`"
+        ) from err
     finally:
         shutil.rmtree(part, ignore_errors=True)
     write_json(

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,6 +228,30 @@ def test_an_approval_of_other_weights_exports_nothing(tmp_path: Path, done: Run)
     with pytest.raises(NotApproved, match="other weights"):
         run_stages(Workspace(tmp_path), done.params, "export")
     assert not (tmp_path / "artifacts/export/saved_model").exists()
+
+
+def test_full_disk_during_export_is_one_line_and_the_next_export_completes(tmp_path: Path, done: Run) -> None:
+    """A real file system of 200 kB under artifacts/export: nothing half-exported stays, nothing needs cleaning up."""
+    from training.export import NotWritten
+    from training.verify import verify
+
+    root = tmp_path / "checkout"
+    shutil.copytree(done.workspace.root, root)
+    workspace, out = Workspace(root), root / "artifacts" / "export"
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(out)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"needs the right to mount a file system: {mount.stderr.strip()}")
+    try:
+        with pytest.raises(NotWritten, match=r"cannot write the exported model in .*free some disk space"):
+            run_stages(workspace, done.params, "export")
+        assert list(out.iterdir()) == []
+        subprocess.run(["mount", "-o", "remount,size=50m", str(out)], check=True)
+        run_stages(workspace, done.params, "export")
+        verify(out / "saved_model")
+    finally:
+        subprocess.run(["umount", "--lazy", str(out)], check=True)
 
 
 def test_a_champion_measured_on_other_images_is_measured_again(tmp_path: Path, done: Run) -> None:
