@@ -2,8 +2,9 @@
 
 A call to the model server costs far more than the model does for one image. So calls that arrive while one is under way
 wait together and go upstream as one, bounded in size. No timer holds a call back: when nothing is under way it goes at
-once, and batches grow only as load does. Further calls go beside the first, up to a small number, when a full batch is
-waiting or when the model is slow: one call that hangs does not hold up the rest.
+once, and batches grow only as load does. Further calls go beside the first, up to a small number, when half as many
+wait as are under way, so that neither this process nor the model server idles while the other works; or when the model
+is slow: one call that hangs does not hold up the rest.
 """
 
 import asyncio
@@ -21,8 +22,11 @@ from digits.errors import DigitsError, ModelUnavailable, Overloaded, UpstreamTim
 from serving.gateway.metrics import Metrics
 from serving.gateway.upstream import LATEST, Predictions, Version
 
-MAX_TURNS = 8
+MAX_TURNS = 2
 """Turns of the event loop for which a batch is kept open while each brings more; in an idle gateway one, some 10 µs."""
+
+SHARE_BESIDE = 0.5
+"""What waits goes beside what is under way if it is at least this share of the last call."""
 
 EXPIRY_TICK_S = 0.01
 """A caller learns within this time that its deadline has passed."""
@@ -134,6 +138,7 @@ class Predictor:
         self._dispatch_is_due = False
         self._seen = self._turns = 0
         self._last_call = 0.0
+        self._last_count = 0
         self._ticking = False
         self._images_per_s = 0.0
         self._closed = False
@@ -209,7 +214,8 @@ class Predictor:
             return True
         if under_way >= self._max_calls:
             return False
-        return self.queued_images >= self._max_batch or time.monotonic() - self._last_call > SLOW_CALL_S
+        enough = min(self._max_batch, SHARE_BESIDE * self._last_count)
+        return self.queued_images >= enough or time.monotonic() - self._last_call > SLOW_CALL_S
 
     def _dispatch(self) -> None:
         if self.queued_images > self._seen and self._turns < MAX_TURNS:
@@ -224,6 +230,7 @@ class Predictor:
             batch = self._next_batch()
             if batch:
                 self._last_call = time.monotonic()
+                self._last_count = sum(place.count for place in batch)
                 task = self.loop.create_task(self._call(batch))
                 self._calls[task] = batch
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
@@ -9,7 +10,7 @@ from typing import Any, Final
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from digits.errors import (
     BadImage,
@@ -27,7 +28,9 @@ from digits.errors import (
 )
 from serving.gateway import open_inference, tensorflow_api
 from serving.gateway.app import Gateway, request_id_from
-from serving.gateway.predictor import Answer
+from serving.gateway.grpc_server import Call, GrpcServer, Metadata
+from serving.gateway.http2 import header
+from serving.gateway.predictor import Answer, Place
 from serving.gateway.upstream import GET_MODEL_METADATA, GET_MODEL_STATUS, PREDICT, Availability, PassedOn, Version
 from serving.protos import digits_pb2 as pb
 from serving.protos import open_inference_pb2
@@ -60,6 +63,9 @@ STREAM_WINDOW: Final = 32
 MESSAGE_SLACK: Final = 1024
 """Bytes that a message may be longer than the picture in it."""
 
+PLAIN_METADATA: Final = frozenset({"user-agent", "x-request-id"})
+"""Metadata that a direct Classify knows what to do with."""
+
 _SERVER_FAULTS: Final = frozenset(
     {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 )
@@ -75,7 +81,9 @@ class Calls:
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         self.in_flight = 0
-        self._timeout_s = gateway.settings.timeout_s
+        self.direct = True
+        """Whether Classify may go without a task. A feature that has to see every call sets it to False."""
+        self.timeout_s = gateway.settings.timeout_s
         gateway.metrics.watch_requests("grpc", lambda: self.in_flight)
 
     def unary(self, name: str, work: Work) -> Any:
@@ -83,7 +91,7 @@ class Calls:
 
         async def call(message: bytes, context: Any) -> bytes:
             started = time.monotonic()
-            request_id = _request_id(context)
+            request_id = _request_id(context.invocation_metadata())
             self.in_flight += 1
             try:
                 answer, model_version = await work(message, self.deadline(context, started), request_id)
@@ -105,7 +113,7 @@ class Calls:
     def deadline(self, context: Any, started: float) -> float:
         """The caller's deadline, or our own where it has none: ``time.monotonic()`` seconds."""
         remaining_s = context.time_remaining()
-        return started + (self._timeout_s if remaining_s is None else remaining_s)
+        return started + (self.timeout_s if remaining_s is None else remaining_s)
 
     def translate(
         self, err: Exception, request_id: str
@@ -150,10 +158,29 @@ class DigitsService:
         answer = await self._gateway.classify(_image(message), deadline)
         return _response(answer, request_id).SerializeToString(), answer.model_version
 
+    def classify_directly(self, call: Call, message: bytes) -> None:
+        """Classify without a task, for a picture that is decoded at once."""
+        gateway, calls = self._gateway, self._calls
+        request_id = _request_id(call.asked.metadata)
+        place = _DirectPlace(calls, call, request_id)
+        try:
+            image_u8 = gateway.pictures.read_at_once(_image(message)) if calls.direct else None
+            if image_u8 is None:
+                call.start(message)
+                return
+            calls.in_flight += 1
+            place.images_u8 = image_u8
+            gateway.predictor.enter(place)
+            call.on_leave(place.left)
+        except Exception as err:  # noqa: BLE001 - the edge: every exception is translated once
+            if not place.images_u8:
+                calls.in_flight += 1
+            place.refused(err)
+
     async def classify_stream(self, messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         """ClassifyStream: answers in the order of the requests, several of them under way at once."""
         started = time.monotonic()
-        request_id = _request_id(context)
+        request_id = _request_id(context.invocation_metadata())
         code = grpc.StatusCode.CANCELLED
         count = 0
         answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_WINDOW)
@@ -197,6 +224,40 @@ class DigitsService:
             error = pb.ClassifyError(code=name, message=text, request_id=request_id)
             return pb.ClassifyStreamResponse(error=error).SerializeToString()
         return pb.ClassifyStreamResponse(answer=_response(answer, request_id)).SerializeToString()
+
+
+class _DirectPlace(Place):
+    """A Classify that has no task: what it leaves behind when it ends."""
+
+    __slots__ = ("call", "calls", "request_id")
+
+    def __init__(self, calls: Calls, call: Call, request_id: str) -> None:
+        timeout_s = call.asked.timeout_s
+        super().__init__(b"", 1, call.started + (calls.timeout_s if timeout_s is None else timeout_s))
+        self.calls = calls
+        self.call = call
+        self.request_id = request_id
+
+    def answered(self, answers: list[Answer]) -> None:
+        answer = answers[0]
+        self.call.answer(
+            _response(answer, self.request_id).SerializeToString(), header(b"x-request-id", self.request_id.encode())
+        )
+        self._finished(grpc.StatusCode.OK, answer.model_version)
+
+    def refused(self, err: Exception) -> None:
+        code, name, text, more = self.calls.translate(err, self.request_id)
+        self.call.fail(code, text, (("x-request-id", self.request_id), *more))
+        self._finished(code, error=name)
+
+    def left(self) -> None:
+        if not self.over:
+            self.calls.gateway.predictor.leave(self)
+            self._finished(grpc.StatusCode.CANCELLED)
+
+    def _finished(self, code: grpc.StatusCode, model_version: str = "", **fields: object) -> None:
+        self.calls.in_flight -= 1
+        self.calls.finished("Classify", code, self.call.started, self.request_id, model_version, **fields)
 
 
 class TensorFlowService:
@@ -287,21 +348,18 @@ class RpcServer:
 
     Args:
         gateway: What it translates for.
-        address: ``host:port``; port 0 takes a free one.
+        listener: A bound socket.
     """
 
-    def __init__(self, gateway: Gateway, address: str) -> None:
-        limit = gateway.settings.max_body_bytes + MESSAGE_SLACK
+    def __init__(self, gateway: Gateway, listener: socket.socket) -> None:
+        settings = gateway.settings
         self._gateway = gateway
-        self._server = grpc.aio.server(
-            options=(
-                ("grpc.so_reuseport", 0),  # a port in use is to be an error
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_concurrent_streams", 1024),
-                ("grpc.max_metadata_size", 16 * 1024),
-                ("grpc.keepalive_time_ms", 60_000),
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            )
+        self._listener = listener
+        self._server = GrpcServer(
+            settings.max_body_bytes + MESSAGE_SLACK,
+            settings.header_timeout_s,
+            settings.body_timeout_s,
+            lambda err: gateway.log.error("defect", exc_info=err),
         )
         calls = Calls(gateway)
         service = DigitsService(calls)
@@ -331,17 +389,19 @@ class RpcServer:
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (SERVICE, INFERENCE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        names = (SERVICE, INFERENCE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+            reflection.aio.ReflectionServicer(names), self._server
         )
-        self.port: int = self._server.add_insecure_port(address)
+        self._server.add_direct(f"/{SERVICE}/Classify", service.classify_directly, PLAIN_METADATA)
+        self.port: int = listener.getsockname()[1]
         self._changes: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Accept calls; health follows the model server from here on."""
         await self._set_health(self._gateway.upstream.availability)
         self._gateway.upstream.on_change(self._on_change)
-        await self._server.start()
+        await self._server.start(self._listener)
 
     async def not_serving(self) -> None:
         """Tell balancers that this process is about to go."""
@@ -380,8 +440,8 @@ def _response(answer: Answer, request_id: str) -> pb.ClassifyResponse:
     )
 
 
-def _request_id(context: Any) -> str:
-    for name, value in context.invocation_metadata() or ():
+def _request_id(metadata: Metadata) -> str:
+    for name, value in metadata:
         if name == "x-request-id":
             return request_id_from(value if isinstance(value, str) else None)
     return request_id_from(None)

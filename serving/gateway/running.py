@@ -39,14 +39,14 @@ class Running:
         Raises:
             CannotListen: A port is taken, or the address is not one of this machine's.
         """
-        listener = _listen(settings)
-        gateway = Gateway(settings, logs)
+        listener = _listen(settings.host, settings.rest_port, "DIGITS_REST_PORT")
         try:
-            rpc = RpcServer(gateway, settings.hostport_grpc)
-        except RuntimeError as err:
+            grpc_listener = _listen(settings.host, settings.grpc_port, "DIGITS_GRPC_PORT")
+        except CannotListen:
             listener.close()
-            await gateway.close()
-            raise _cannot_listen(settings.hostport_grpc, "DIGITS_GRPC_PORT") from err
+            raise
+        gateway = Gateway(settings, logs)
+        rpc = RpcServer(gateway, grpc_listener)
         running = cls(gateway, RestServer(RestApp(gateway), listener, settings), rpc, listener.getsockname()[1])
         await rpc.start()
         gateway.upstream.watch()
@@ -72,22 +72,23 @@ class Running:
         log.info("stopped")
 
 
-def _listen(settings: Settings) -> socket.socket:
-    """A bound socket for REST, without SO_REUSEPORT: a port in use is to be an error."""
+def _listen(host: str, port: int, variable: str) -> socket.socket:
+    """A bound socket, without SO_REUSEPORT: a port in use is to be an error."""
+    address = join_host_port(host, port)
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.rest_port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as err:
-        raise _cannot_listen(settings.hostport_rest, "DIGITS_REST_PORT") from err
+        raise _cannot_listen(address, variable) from err
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        listener.bind(where)
         listener.listen(2048)
     except OSError as err:
         listener.close()
-        raise _cannot_listen(settings.hostport_rest, "DIGITS_REST_PORT") from err
+        raise _cannot_listen(address, variable) from err
     return listener
 
 

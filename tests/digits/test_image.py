@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from digits.errors import BadImage, DigitsError, TooLarge
-from digits.image import find_components, from_raw, ink_map, main_digit, read_digit
+from digits.image import find_components, from_raw, ink_map, main_digit, read_digit, read_small_png
 from tests.digits.pictures import (
     drawing,
     encode,
@@ -61,6 +61,29 @@ def test_every_test_image_sent_as_png_comes_back_byte_for_byte(mnist_test: np.nd
     """Ink on black is canonical already: geometry and grey levels of all 10,000 are untouched."""
     changed = [k for k, image in enumerate(mnist_test) if (read_digit(encode(image)) != image).any()]
     assert changed == []
+
+
+def test_the_quick_way_for_plain_pngs_reads_every_test_image_alike(mnist_test: np.ndarray) -> None:
+    """It declines what has no pure paper around it, and never differs."""
+    quick = [read_small_png(encode(image)) for image in mnist_test]
+    assert sum(one is None for one in quick) < 10
+    for one, image in zip(quick, mnist_test, strict=True):
+        assert one is None or one == image.tobytes()
+
+
+@settings(max_examples=300, deadline=None)
+@given(at=st.integers(0, 300), value=st.integers(0, 255), cut=st.integers(0, 300), ink=st.integers(0, 12))
+def test_the_quick_way_says_nothing_that_the_other_would_not(
+    mnist_test: np.ndarray, at: int, value: int, cut: int, ink: int
+) -> None:
+    """A changed byte, a cut file, faint ink, a grey paper: the same image or none."""
+    image = mnist_test[at].copy()
+    if ink < 12:
+        image = np.minimum(image, ink)
+    for data in (encode(image), encode(255 - image), encode(np.maximum(image, ink))):
+        for sent in (data, data[:at] + bytes((value,)) + data[at + 1 :], data[: cut + 1]):
+            quick = read_small_png(sent)
+            assert quick is None or quick == read_digit(sent).tobytes()
 
 
 def test_every_inverted_test_image_comes_back_as_the_original(mnist_test: np.ndarray) -> None:
