@@ -10,6 +10,7 @@ RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
 WORKDIR /app
 COPY digits digits
 COPY serving/__init__.py serving/
+COPY serving/protos/__init__.py serving/protos/model_server_files_pb2.py serving/protos/
 COPY serving/model_server serving/model_server
 RUN /opt/venv/bin/python -m compileall -q .
 

@@ -1,6 +1,7 @@
 """TensorFlow Serving's services over protocol messages, free of any transport: the same calls serve gRPC and REST."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
     inference_pb2,
+    input_pb2,
     model_management_pb2,
     model_pb2,
     predict_pb2,
@@ -21,8 +23,10 @@ from tensorflow_serving.apis import (
 from serving.model_server import config, examples, tensors
 from serving.model_server.errors import ServingError, UsageError, invalid_argument
 from serving.model_server.manager import Lease, Manager
-from serving.model_server.saved_model import DEFAULT_SIGNATURE, SavedModel
+from serving.model_server.metrics import Metrics
+from serving.model_server.model import DEFAULT_SIGNATURE, Model
 
+_UNMEASURED = nullcontext()
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
@@ -37,10 +41,13 @@ class Inference:
 class Api:
     """The methods of PredictionService and ModelService. Each raises ``ServingError`` with the status to answer."""
 
-    def __init__(self, manager: Manager[SavedModel], *, check_method_names: bool = False) -> None:
+    def __init__(
+        self, manager: Manager[Model], *, check_method_names: bool = False, metrics: Metrics | None = None
+    ) -> None:
         """Answer with what ``manager`` has; ``check_method_names``: see ``examples.classify``."""
         self._manager = manager
         self._check_method_names = check_method_names
+        self._metrics = metrics
 
     def infer(
         self,
@@ -51,7 +58,8 @@ class Api:
         """Run the model that ``spec`` names on the arrays that ``read_inputs`` makes of the request."""
         with self._acquire(spec) as lease:
             inputs = read_inputs(lease.servable.signature(spec.signature_name))
-            return Inference(lease.number, lease.servable.run(spec.signature_name, inputs, output_filter))
+            with self._running("Predict", spec.name):
+                return Inference(lease.number, lease.servable.run(spec.signature_name, inputs, output_filter))
 
     def predict(self, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
         """PredictionService/Predict."""
@@ -71,7 +79,8 @@ class Api:
         _require_spec(request)
         spec = request.model_spec
         with self._acquire(spec) as lease:
-            result = examples.classify(lease.servable, spec.signature_name, request.input, self._check_method_names)
+            with self._running("Classify", spec.name, request.input):
+                result = examples.classify(lease.servable, spec.signature_name, request.input, self._check_method_names)
             return classification_pb2.ClassificationResponse(result=result, model_spec=_answering(spec, lease.number))
 
     def regress(self, request: regression_pb2.RegressionRequest) -> regression_pb2.RegressionResponse:
@@ -79,14 +88,19 @@ class Api:
         _require_spec(request)
         spec = request.model_spec
         with self._acquire(spec) as lease:
-            result = examples.regress(lease.servable, spec.signature_name, request.input, self._check_method_names)
+            with self._running("Regress", spec.name, request.input):
+                result = examples.regress(lease.servable, spec.signature_name, request.input, self._check_method_names)
             return regression_pb2.RegressionResponse(result=result, model_spec=_answering(spec, lease.number))
 
     def multi_inference(self, request: inference_pb2.MultiInferenceRequest) -> inference_pb2.MultiInferenceResponse:
         """PredictionService/MultiInference: the first task's spec chooses the version."""
         response = inference_pb2.MultiInferenceResponse()
-        with self._acquire(request.tasks[0].model_spec if request.tasks else model_pb2.ModelSpec()) as lease:
-            results = examples.multi_inference(lease.servable, request.tasks, request.input, self._check_method_names)
+        spec = request.tasks[0].model_spec if request.tasks else model_pb2.ModelSpec()
+        with self._acquire(spec) as lease:
+            with self._running("MultiInference", spec.name, request.input):
+                results = examples.multi_inference(
+                    lease.servable, request.tasks, request.input, self._check_method_names
+                )
             for task, (_, result) in zip(request.tasks, results, strict=True):
                 entry = response.results.add(model_spec=_answering(task.model_spec, lease.number))
                 field = "regression_result" if task.method_name == examples.REGRESS_METHOD else "classification_result"
@@ -138,7 +152,14 @@ class Api:
             response.status.error_message = err.message
         return response
 
-    def _acquire(self, spec: model_pb2.ModelSpec) -> Lease[SavedModel]:
+    def _running(self, method: str, model: str, given: input_pb2.Input | None = None) -> AbstractContextManager[None]:
+        if self._metrics is None:
+            return _UNMEASURED
+        if given is not None:
+            self._metrics.read_examples(model, examples.count(given))
+        return self._metrics.run(method, model)
+
+    def _acquire(self, spec: model_pb2.ModelSpec) -> Lease[Model]:
         if not spec.name:
             raise invalid_argument("ModelSpec has no name specified.")
         return self._manager.acquire(spec.name, *_version_choice(spec))

@@ -1,14 +1,18 @@
-"""Which models are served, from which folders, and which of their versions."""
+"""What the files say that flags name: which models and versions are served, how calls are batched, TLS, metrics."""
 
+import ssl
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
 from serving.model_server.errors import UsageError
-from serving.model_server.flags import Flags
+from serving.model_server.flags import Flags, cpus
+from serving.protos import model_server_files_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +64,142 @@ def read_file(path: Path) -> list[ModelConfig]:
     Raises:
         UsageError: see ``from_flags``.
     """
+    return from_proto(_read("model_config_file", path, model_server_config_pb2.ModelServerConfig()))
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How calls are joined. Sizes count rows. The defaults are TensorFlow Serving's."""
+
+    max_batch_size: int = 1000
+    batch_timeout_s: float = 0.0
+    max_enqueued_batches: int = 10
+    num_batch_threads: int = 1
+    allowed_batch_sizes: tuple[int, ...] = ()
+    pad_variable_length_inputs: bool = False
+    capacity: int = 1000
+    """Rows of one run of the model; less than ``max_batch_size`` where large calls are split."""
+
+    def padded(self, size: int) -> int:
+        """``size``, or the next allowed one."""
+        return next((allowed for allowed in self.allowed_batch_sizes if allowed >= size), size)
+
+
+def read_batching(flags: Flags) -> Batching | None:
+    """The batching parameters, None where batching is off.
+
+    Raises:
+        UsageError: the file cannot be read or parsed, or its sizes do not fit each other.
+    """
+    file = model_server_files_pb2.BatchingParameters()
+    if not flags.enable_batching:
+        if flags.batching_parameters_file:
+            raise UsageError("--batching_parameters_file: --enable_batching is needed besides")
+        return None
+    if flags.batching_parameters_file:
+        file = _read("batching_parameters_file", Path(flags.batching_parameters_file), file)
+
+    def value(name: str, default: int, least: int = 1) -> int:
+        given = getattr(file, name).value if file.HasField(name) else default
+        if given < least:
+            raise UsageError(f"--batching_parameters_file: {name} is {given}; at least {least} was expected")
+        return int(given)
+
+    largest = value("max_batch_size", Batching.max_batch_size)
+    capacity = value("max_execution_batch_size", largest) if file.enable_large_batch_splitting.value else largest
+    allowed = tuple(file.allowed_batch_sizes)
+    if allowed and (list(allowed) != sorted(set(allowed)) or allowed[0] < 1 or allowed[-1] != capacity):
+        raise UsageError(
+            f"--batching_parameters_file: allowed_batch_sizes are {list(allowed)}; ascending sizes were expected, "
+            f"the last of them {capacity}, the largest batch"
+        )
+    return Batching(
+        max_batch_size=largest,
+        batch_timeout_s=value("batch_timeout_micros", 0, least=0) / 1e6,
+        max_enqueued_batches=value("max_enqueued_batches", Batching.max_enqueued_batches),
+        num_batch_threads=value("num_batch_threads", cpus()),
+        allowed_batch_sizes=allowed,
+        pad_variable_length_inputs=file.pad_variable_length_inputs,
+        capacity=capacity,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM texts. ``authority``: what clients' certificates are checked against."""
+
+    key: bytes
+    certificate: bytes
+    authority: bytes
+    clients_need_certificates: bool
+
+
+def read_tls(flags: Flags) -> Tls | None:
+    """Key and certificates for the gRPC port, None where it is plain.
+
+    Raises:
+        UsageError: the file cannot be read or parsed, or they do not belong together.
+    """
+    if not flags.ssl_config_file:
+        return None
+    file = _read("ssl_config_file", Path(flags.ssl_config_file), model_server_files_pb2.SSLConfig())
+    if file.client_verify and not file.custom_ca:
+        raise UsageError("--ssl_config_file: client_verify needs custom_ca, the authority of the clients' certificates")
+    _check_pem(file)
+    return Tls(file.server_key.encode(), file.server_cert.encode(), file.custom_ca.encode(), file.client_verify)
+
+
+def _check_pem(file: model_server_files_pb2.SSLConfig) -> None:
+    """GRPC would listen with what it cannot read, and fail at each handshake without a reason."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        with tempfile.NamedTemporaryFile("w") as chain:  # readable to its owner only
+            chain.write(f"{file.server_cert}\n{file.server_key}\n")
+            chain.flush()
+            context.load_cert_chain(chain.name, password="")  # an encrypted key is an error, not a question
+        if file.custom_ca:
+            context.load_verify_locations(cadata=file.custom_ca)
+    except (ssl.SSLError, ValueError) as err:
+        raise UsageError(
+            "--ssl_config_file: server_key, server_cert and custom_ca must be PEM texts, the key that of the "
+            f"certificate ({getattr(err, 'reason', None) or err})"
+        ) from err
+
+
+METRICS_PATH = "/monitoring/prometheus/metrics"
+
+
+def read_metrics_path(flags: Flags) -> str | None:
+    """The REST path of the metrics, None where they are off.
+
+    Raises:
+        UsageError: the file cannot be read or parsed, or there is no REST port or no usable path.
+    """
+    if not flags.monitoring_config_file:
+        return None
+    file = _read(
+        "monitoring_config_file", Path(flags.monitoring_config_file), model_server_files_pb2.MonitoringConfig()
+    )
+    if not file.prometheus_config.enable:
+        return None
+    if not flags.rest_api_port:
+        raise UsageError("--monitoring_config_file: the metrics are on the REST port; give --rest_api_port")
+    path = file.prometheus_config.path or METRICS_PATH
+    if not path.startswith("/") or path.lower().startswith("/v1/"):
+        raise UsageError(f"--monitoring_config_file: path {path!r}: a path beginning with / and not /v1/ was expected")
+    return str(path)
+
+
+def _read(flag: str, path: Path, message: Any) -> Any:
+    """A text protocol message from the file that a flag names."""
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as err:
-        raise UsageError(f"--model_config_file {path} cannot be read: {err}") from err
+        raise UsageError(f"--{flag} {path} cannot be read: {err}") from err
     try:
-        config = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
+        return text_format.Parse(text, message)
     except text_format.ParseError as err:
-        raise UsageError(f"--model_config_file {path} is no text ModelServerConfig: {err}") from err
-    return from_proto(config)
+        raise UsageError(f"--{flag} {path} is no text {message.DESCRIPTOR.name}: {err}") from err
 
 
 def from_proto(config: model_server_config_pb2.ModelServerConfig) -> list[ModelConfig]:

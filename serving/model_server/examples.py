@@ -15,7 +15,7 @@ from tensorflow_serving.apis import classification_pb2, inference_pb2, input_pb2
 
 from serving.model_server import tensors
 from serving.model_server.errors import Code, ServingError, invalid_argument
-from serving.model_server.saved_model import DEFAULT_SIGNATURE, MAX_MESSAGE_CHARS, SavedModel
+from serving.model_server.model import DEFAULT_SIGNATURE, MAX_MESSAGE_CHARS, Model
 
 CLASSIFY_METHOD: Final = "tensorflow/serving/classify"
 REGRESS_METHOD: Final = "tensorflow/serving/regress"
@@ -48,7 +48,7 @@ class Method:
 
 
 def classify(
-    model: SavedModel, signature_name: str, examples: input_pb2.Input, check_method: bool = False
+    model: Model, signature_name: str, examples: input_pb2.Input, check_method: bool = False
 ) -> classification_pb2.ClassificationResult:
     """Labels and scores of each example.
 
@@ -66,14 +66,14 @@ def classify(
 
 
 def regress(
-    model: SavedModel, signature_name: str, examples: input_pb2.Input, check_method: bool = False
+    model: Model, signature_name: str, examples: input_pb2.Input, check_method: bool = False
 ) -> regression_pb2.RegressionResult:
     """One value an example; arguments and errors as for ``classify``."""
     return _one(REGRESS, model, signature_name, examples, check_method)
 
 
 def multi_inference(
-    model: SavedModel,
+    model: Model,
     tasks: Iterable[inference_pb2.InferenceTask],
     examples: input_pb2.Input,
     check_method: bool = False,
@@ -109,6 +109,11 @@ def multi_inference(
     return [(name, METHODS[methods[name]].to_result(outputs[name], len(serialized))) for name in wanted]
 
 
+def count(examples: input_pb2.Input) -> int:
+    """How many examples there are."""
+    return len(examples.example_list.examples) + len(examples.example_list_with_context.examples)
+
+
 def serialize(examples: input_pb2.Input) -> np.ndarray[Any, Any]:
     """Examples as a vector of their serialized bytes, each with the context they share: object [N].
 
@@ -126,7 +131,7 @@ def serialize(examples: input_pb2.Input) -> np.ndarray[Any, Any]:
     return np.array(rows, object)
 
 
-def _one(method: Method, model: SavedModel, signature_name: str, examples: input_pb2.Input, check_method: bool) -> Any:
+def _one(method: Method, model: Model, signature_name: str, examples: input_pb2.Input, check_method: bool) -> Any:
     signature_name = signature_name or DEFAULT_SIGNATURE
     signature = model.signatures.get(signature_name)
     if signature is None:

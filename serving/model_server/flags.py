@@ -24,28 +24,29 @@ WITHOUT_EFFECT = {
     "enable_profiler": "there is no profiler service",
     "enable_grpc_healthcheck_service": "the health service is always on",
     "skip_initialize_tpu": "there is no TPU support",
-    "num_tflite_interpreters_per_pool": "TF Lite models are not served",
-    "num_tflite_pools": "TF Lite models are not served",
     "xla_cpu_compilation_enabled": "XLA runs where the graph asks for it",
 }
 """Flags that are read and then ignored, each with the reason."""
 
 REFUSED = {
-    "ssl_config_file": "TLS is not offered; put a proxy in front",
     "use_alts_credentials": "ALTS is not offered",
     "platform_config_file": "only the TensorFlow platform is offered",
-    "monitoring_config_file": "there are no metrics here; the gateway has them",
-    "batching_parameters_file": "server-side batching is not offered; the gateway coalesces calls",
     "tensorflow_session_config_file": "use the --tensorflow_*_parallelism flags",
     "thread_pool_factory_config_file": "use the --tensorflow_*_parallelism flags",
     "mixed_precision": "export the model in the precision that it is to be served in",
 }
 """Flags whose silent loss would change what is served or how safely, each with what to do instead."""
 
-REFUSED_WHEN_TRUE = {
-    "enable_batching": "server-side batching is not offered; the gateway coalesces calls",
-    "prefer_tflite_model": "TF Lite models are not served",
-}
+
+_POSITIVE = (
+    "grpc_max_threads",
+    "num_tflite_pools",
+    "num_tflite_interpreters_per_pool",
+    "rest_api_timeout_in_ms",
+    "rest_api_header_timeout_in_ms",
+    "rest_api_idle_timeout_in_ms",
+    "rest_api_max_body_bytes",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,8 @@ class Flags:
     grpc_socket_path: str
     rest_api_port: int
     rest_api_timeout_in_ms: int
+    rest_api_header_timeout_in_ms: int
+    rest_api_idle_timeout_in_ms: int
     rest_api_max_body_bytes: int
     rest_api_enable_cors_support: bool
     model_name: str
@@ -67,6 +70,13 @@ class Flags:
     max_num_load_retries: int
     load_retry_interval_micros: int
     saved_model_tags: str
+    prefer_tflite_model: bool
+    num_tflite_pools: int
+    num_tflite_interpreters_per_pool: int
+    enable_batching: bool
+    batching_parameters_file: str
+    monitoring_config_file: str
+    ssl_config_file: str
     enable_model_warmup: bool
     num_request_iterations_for_warmup: int
     allow_version_labels_for_unavailable_models: bool
@@ -96,12 +106,16 @@ def parse(arguments: Sequence[str]) -> Flags:
     for name, reason in REFUSED.items():
         if values.pop(name):
             raise UsageError(f"--{name} is not supported: {reason}")
-    for name, reason in REFUSED_WHEN_TRUE.items():
-        if values.pop(name):
-            raise UsageError(f"--{name} is not supported: {reason}")
+    # A call that waits in a batch holds its thread.
+    values["grpc_max_threads"] = values["grpc_max_threads"] or (128 if values["enable_batching"] else 4 * cpus())
     flags = Flags(**values)
     _check(flags)
     return flags
+
+
+def cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(flags: Flags) -> None:
@@ -114,7 +128,7 @@ def _check(flags: Flags) -> None:
     for name in ("port", "rest_api_port"):
         if not 0 <= getattr(flags, name) <= 65535:
             raise UsageError(f"--{name}={getattr(flags, name)} is no port: 0 (off) to 65535 was expected")
-    for name in ("grpc_max_threads", "rest_api_timeout_in_ms", "rest_api_max_body_bytes"):
+    for name in _POSITIVE:
         if getattr(flags, name) < 1:
             raise UsageError(f"--{name}={getattr(flags, name)}: at least 1 was expected")
     for name in ("file_system_poll_wait_seconds", "model_config_file_poll_wait_seconds"):
@@ -146,7 +160,6 @@ def _boolean(text: str) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = _OneLineParser(
         prog="python -m serving.model_server",
         description="TensorFlow Serving's API on the TensorFlow runtime. Flags are those of tensorflow_model_server.",
@@ -174,6 +187,13 @@ def _parser() -> argparse.ArgumentParser:
     add("max_num_load_retries", int, 5, "how often a version that failed to load is tried again")
     add("load_retry_interval_micros", int, 60_000_000, "wait between those tries")
     add("saved_model_tags", str, "serve", "comma-separated tags of the graph to load")
+    add("prefer_tflite_model", bool, False, "serve a version's model.tflite where there is one")
+    add("num_tflite_pools", int, 1, "pools of TF Lite interpreters a model")
+    add("num_tflite_interpreters_per_pool", int, cpus(), "TF Lite interpreters a pool: calls of a model at a time")
+    add("enable_batching", bool, False, "run calls that wait at the same time together")
+    add("batching_parameters_file", str, "", "text BatchingParameters")
+    add("monitoring_config_file", str, "", "text MonitoringConfig: offer Prometheus metrics on the REST port")
+    add("ssl_config_file", str, "", "text SSLConfig: TLS on the gRPC port, and clients' certificates")
     add("enable_model_warmup", bool, True, "replay assets.extra/tf_serving_warmup_requests before a version serves")
     add("num_request_iterations_for_warmup", int, 1, "how often each of those records is replayed")
     add("allow_version_labels_for_unavailable_models", bool, False, "let a label name a version that is not loaded")
@@ -183,12 +203,14 @@ def _parser() -> argparse.ArgumentParser:
         False,
         "Classify and Regress: refuse another method's signature",
     )
-    add("grpc_max_threads", int, 4 * cpus, "calls that are worked on at a time")
+    add("grpc_max_threads", int, 0, "calls that are worked on at a time; 0: 4 a processor, 128 with batching")
     add("grpc_channel_arguments", str, "", "comma-separated key=value arguments of the gRPC server")
     add("tensorflow_session_parallelism", int, 0, "sets both flags below")
     add("tensorflow_intra_op_parallelism", int, 0, "threads inside one operation; 0: one")
     add("tensorflow_inter_op_parallelism", int, 0, "threads between operations; 0: the call's own thread")
     add("rest_api_timeout_in_ms", int, 30_000, "time limit of a REST call")
+    add("rest_api_header_timeout_in_ms", int, 10_000, "time for a REST call's header (not in the original)")
+    add("rest_api_idle_timeout_in_ms", int, 60_000, "a REST connection without a call ends (not in the original)")
     add("rest_api_max_body_bytes", int, 64 * 1024 * 1024, "largest REST body (not in the original)")
     add("rest_api_enable_cors_support", bool, False, "answer cross-origin requests from browsers")
     add("grace_seconds", float, 10.0, "time for calls under way after SIGTERM (not in the original)")
@@ -196,8 +218,6 @@ def _parser() -> argparse.ArgumentParser:
     for name, reason in {**WITHOUT_EFFECT, **REFUSED}.items():
         word = "refused" if name in REFUSED else "no effect"
         parser.add_argument(f"--{name}", nargs="?", const="true", default="", metavar="X", help=f"{word}: {reason}")
-    for name, reason in REFUSED_WHEN_TRUE.items():
-        add(name, bool, False, f"refused when true: {reason}")
     parser.add_argument("--version", action="version", version=_version_text(), help="print versions and exit")
     return parser
 

@@ -9,16 +9,23 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import uvicorn
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from serving.model_server.config import Tls
 from serving.model_server.errors import UsageError
 
 STARTING = "the server is starting: TensorFlow is being loaded"
 MAX_MESSAGE_BYTES = 2**31 - 1
+_DEFAULT_ARGUMENTS: dict[str, int | str] = {
+    "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
+    "grpc.max_send_message_length": MAX_MESSAGE_BYTES,
+    "grpc.so_reuseport": 0,  # otherwise a second server shares the port in silence
+}
 
 
 def bind(host: str, port: int, flag: str) -> socket.socket:
@@ -38,8 +45,10 @@ def bind(host: str, port: int, flag: str) -> socket.socket:
 class GrpcListener:
     """A gRPC server whose services may come later. Every call gets UNAVAILABLE until they are there."""
 
-    def __init__(self, address: str, port: int, socket_path: str, threads: int, arguments: str) -> None:
-        """Bind and start.
+    def __init__(
+        self, address: str, port: int, socket_path: str, threads: int, arguments: str, tls: Tls | None = None
+    ) -> None:
+        """Bind and start; ``tls`` is for the port, the UNIX socket stays plain.
 
         Raises:
             UsageError: the address cannot be bound, or a channel argument is malformed.
@@ -48,18 +57,18 @@ class GrpcListener:
         self._server = grpc.server(
             ThreadPoolExecutor(threads, "grpc"),
             handlers=[self._router],
-            options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                # Otherwise a second server shares the port in silence.
-                ("grpc.so_reuseport", 0),
-                *_channel_arguments(arguments),
-            ],
+            options=list(
+                {**_DEFAULT_ARGUMENTS, **_channel_arguments(arguments)}.items()
+            ),  # of two, grpc takes the first
         )
         try:
             if port:
                 bind(address, port, "port").close()  # grpc reports a failure in several lines and without the reason
-                self._server.add_insecure_port(f"[{address}]:{port}" if ":" in address else f"{address}:{port}")
+                target = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+                if tls:
+                    self._server.add_secure_port(target, _credentials(tls))
+                else:
+                    self._server.add_insecure_port(target)
             if socket_path:
                 self._server.add_insecure_port(f"unix:{socket_path}")
         except RuntimeError as err:
@@ -77,6 +86,14 @@ class GrpcListener:
     def stop(self, grace_s: float) -> threading.Event:
         """Refuse new calls, let those under way end within ``grace_s``; the event is set when all have."""
         return self._server.stop(grace_s)
+
+
+def _credentials(tls: Tls) -> grpc.ServerCredentials:
+    return grpc.ssl_server_credentials(
+        [(tls.key, tls.certificate)],
+        root_certificates=tls.authority or None,
+        require_client_auth=tls.clients_need_certificates,
+    )
 
 
 class _Router(grpc.GenericRpcHandler):
@@ -98,21 +115,29 @@ def _refuse(_request: bytes, context: grpc.ServicerContext) -> bytes:
     return b""
 
 
-def _channel_arguments(text: str) -> list[tuple[str, int | str]]:
-    arguments: list[tuple[str, int | str]] = []
+def _channel_arguments(text: str) -> dict[str, int | str]:
+    arguments: dict[str, int | str] = {}
     for part in filter(None, text.split(",")):
         key, separator, value = part.partition("=")
         if not separator or not key:
             raise UsageError(f"--grpc_channel_arguments: key=value was expected, {part!r} came")
-        arguments.append((key, int(value) if value.lstrip("-").isdigit() else value))
+        arguments[key] = int(value) if value.lstrip("-").isdigit() else value
     return arguments
 
 
 class RestListener:
     """uvicorn on a thread of its own, with an application that may come later."""
 
-    def __init__(self, address: str, port: int) -> None:
+    def __init__(
+        self, address: str, port: int, *, header_timeout_s: float = 10.0, idle_timeout_s: float = 60.0
+    ) -> None:
         """Bind and start.
+
+        Args:
+            address: to listen on.
+            port: to listen on.
+            header_timeout_s: a connection whose call's header takes longer is closed.
+            idle_timeout_s: and so is one without a call for so long.
 
         Raises:
             UsageError: the address cannot be bound.
@@ -128,8 +153,11 @@ class RestListener:
             server_header=False,
             proxy_headers=False,
             interface="asgi3",
-            timeout_keep_alive=60,
+            http=_Connection,
+            ws="none",
+            timeout_keep_alive=cast(int, idle_timeout_s),  # which a fraction suits as well
         )
+        self._config.header_timeout_s = header_timeout_s  # type: ignore[attr-defined]
         self._server = uvicorn.Server(self._config)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="rest", daemon=True)
         self._thread.start()
@@ -149,6 +177,37 @@ class RestListener:
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
+
+
+class _Connection(HttpToolsProtocol):
+    """uvicorn's, which waits for ever for the first call of a connection and for the end of a call's header."""
+
+    _timeout: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._close_after(self.timeout_keep_alive)
+
+    def on_message_begin(self) -> None:
+        self._close_after(self.config.header_timeout_s)  # type: ignore[attr-defined]
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._forget_timeout()  # the application has a limit for the rest
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_timeout()
+        super().connection_lost(exc)
+
+    def _close_after(self, seconds: float) -> None:
+        self._forget_timeout()
+        self._timeout = self.loop.call_later(seconds, self.transport.close)
+
+    def _forget_timeout(self) -> None:
+        if self._timeout is not None:
+            self._timeout.cancel()
+            self._timeout = None
 
 
 async def _starting_app(_scope: Scope, _receive: Receive, send: Send) -> None:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import structlog
 
+from serving.model_server.errors import ServingError
+
 
 def configure() -> None:
     """Write readable lines to a terminal and JSON elsewhere, both to stderr."""
@@ -36,7 +38,7 @@ def configure() -> None:
 def libraries_silenced() -> Iterator[None]:
     """Keep what C++ writes to stderr off it: TensorFlow greets in plain text before its log level is read.
 
-    When the block fails, what was held back is written after all.
+    When the block fails for a reason that is not known, what was held back is written after all.
     """
     stderr = sys.stderr.fileno()
     original = os.dup(stderr)
@@ -44,6 +46,8 @@ def libraries_silenced() -> Iterator[None]:
         os.dup2(held_back.fileno(), stderr)
         try:
             yield
+        except ServingError:
+            raise
         except BaseException:
             held_back.seek(0)
             os.write(original, held_back.read())

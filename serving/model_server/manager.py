@@ -234,6 +234,15 @@ class Manager(Generic[S]):
                 raise ServingError(Code.NOT_FOUND, f"Could not find {missing} of model {name}")
             return [VersionStatus(v.number, v.state, v.status, v.message) for v in versions]
 
+    def knows(self, name: str) -> bool:
+        """Whether a model of that name is configured."""
+        return name in self._models
+
+    def states(self) -> dict[str, dict[int, str]]:
+        """Model name → version → name of its state."""
+        with self._lock:
+            return {name: {n: v.state.name for n, v in model.versions.items()} for name, model in self._models.items()}
+
     def serving(self) -> dict[str, bool]:
         """Model name to whether it has an available version."""
         with self._lock:

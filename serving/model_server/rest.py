@@ -3,6 +3,7 @@
 import asyncio
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from urllib.parse import unquote
 
 import orjson
@@ -24,6 +25,7 @@ from tensorflow_serving.apis import (
 from serving.model_server import json_examples, json_tensors
 from serving.model_server.api import Api
 from serving.model_server.errors import Code, ServingError, invalid_argument
+from serving.model_server.metrics import CONTENT_TYPE, Metrics
 
 log = structlog.get_logger()
 
@@ -62,7 +64,14 @@ class _TooLarge(Exception):
 
 
 def create_app(
-    api: Api, pool: ThreadPoolExecutor, *, timeout_s: float, max_body_bytes: int, cors: bool = False
+    api: Api,
+    pool: ThreadPoolExecutor,
+    *,
+    timeout_s: float,
+    max_body_bytes: int,
+    cors: bool = False,
+    metrics: Metrics | None = None,
+    metrics_path: str = "",
 ) -> Starlette:
     """The REST API as an ASGI application.
 
@@ -72,7 +81,14 @@ def create_app(
         timeout_s: limit for a whole call, its body included; 504 after it.
         max_body_bytes: larger bodies get 413.
         cors: allow browsers' cross-origin requests.
+        metrics: told of each inference, and offered at ``metrics_path``.
+        metrics_path: where.
     """
+
+    async def metrics_page(_request: Request) -> Response:
+        assert metrics is not None
+        page = await asyncio.get_running_loop().run_in_executor(None, metrics.text)
+        return Response(page, headers={"content-type": CONTENT_TYPE})
 
     async def endpoint(request: Request) -> Response:
         headers = _CORS if cors else None
@@ -82,22 +98,25 @@ def create_app(
             async with asyncio.timeout(timeout_s):
                 body = await _body(request, max_body_bytes)
                 answer = await asyncio.get_running_loop().run_in_executor(
-                    pool, _answer, api, request.method, request.scope["raw_path"].decode("latin-1"), body
+                    pool, _answer, api, request.method, request.scope["raw_path"].decode("latin-1"), body, metrics
                 )
             return Response(answer, media_type="application/json", headers=headers)
         except ServingError as err:
             return _error(HTTP_STATUS[err.status], err.message, headers)
         except _TooLarge:
-            return _error(413, f"the body is larger than {max_body_bytes} bytes", headers)
+            return _error(413, f"the body is larger than {max_body_bytes} bytes", headers, close=True)
         except TimeoutError:
-            return _error(504, f"no answer within {timeout_s:g} s", headers)
+            return _error(504, f"no answer within {timeout_s:g} s", headers, close=True)
         except ClientDisconnect:
             return _error(499, "the client left", headers)
         except Exception:
             log.exception("internal_error", method="rest")
             return _error(500, "internal error", headers)
 
-    return Starlette(routes=[Route("/{path:path}", endpoint, methods=["GET", "POST", "OPTIONS"])])
+    routes = [Route("/{path:path}", endpoint, methods=["GET", "POST", "OPTIONS"])]
+    if metrics is not None:
+        routes.insert(0, Route(metrics_path, metrics_page, methods=["GET"]))
+    return Starlette(routes=routes)
 
 
 def error_body(message: str) -> bytes:
@@ -105,7 +124,9 @@ def error_body(message: str) -> bytes:
     return orjson.dumps({"error": message})
 
 
-def _error(status: int, message: str, headers: dict[str, str] | None) -> Response:
+def _error(status: int, message: str, headers: dict[str, str] | None, close: bool = False) -> Response:
+    if close:  # a body may still be on its way
+        headers = {**(headers or {}), "Connection": "close"}
     return Response(error_body(message), status, media_type="application/json", headers=headers)
 
 
@@ -120,10 +141,12 @@ async def _body(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def _answer(api: Api, method: str, path: str, body: bytes) -> bytes:
+def _answer(api: Api, method: str, path: str, body: bytes, metrics: Metrics | None) -> bytes:
     path = path.partition("?")[0]
     if method == "POST" and (match := _INFERENCE.fullmatch(path)):
-        return _INFER[match["method"].lower()](api, _spec(match), body)
+        name = match["method"].lower()
+        with metrics.request("REST", name.title(), unquote(match["model"])) if metrics else nullcontext():
+            return _INFER[name](api, _spec(match), body)
     if method == "GET" and (match := _ABOUT.fullmatch(path)):
         return (_metadata if match["metadata"] else _status)(api, _spec(match))
     if path.lower().startswith("/v1/"):

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import sys
 import types
+import warnings
 
 if "tensorflow" not in sys.modules:
     _spec = importlib.util.find_spec("tensorflow")
@@ -22,6 +23,7 @@ if "tensorflow" not in sys.modules:
     sys.modules["tensorflow"] = _bare
 
 # mypy: ignore-errors
+from tensorflow.lite.python.interpreter import Interpreter as TfLiteInterpreter  # tf.lite.Interpreter
 from tensorflow.python.client.session import Session  # tf.compat.v1.Session
 from tensorflow.python.framework.dtypes import as_dtype  # tf.as_dtype
 from tensorflow.python.framework.errors_impl import OpError  # tf.errors.OpError
@@ -29,7 +31,9 @@ from tensorflow.python.framework.ops import Graph  # tf.Graph
 from tensorflow.python.lib.io.tf_record import tf_record_iterator  # tf.compat.v1.io.tf_record_iterator
 from tensorflow.python.saved_model.loader_impl import SavedModelLoader  # tf.compat.v1.saved_model.load
 
+# It says at each use that its successor is another package.
+warnings.filterwarnings("ignore", message=r"\s*Warning: tf\.lite\.Interpreter is deprecated")
 # Its loader and reader for sessions are called deprecated at each use.
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
-__all__ = ["Graph", "OpError", "SavedModelLoader", "Session", "as_dtype", "tf_record_iterator"]
+__all__ = ["Graph", "OpError", "SavedModelLoader", "Session", "TfLiteInterpreter", "as_dtype", "tf_record_iterator"]

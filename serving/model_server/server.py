@@ -35,6 +35,9 @@ class Server:
         """
         self._flags = flags
         self._models = config.from_flags(flags)
+        self._batching = config.read_batching(flags)
+        self._metrics_path = config.read_metrics_path(flags)
+        tls = config.read_tls(flags)
         self._health = Health()
         self._stop = threading.Event()
         self._loaded = False
@@ -42,11 +45,21 @@ class Server:
         self._rest: RestListener | None = None
         if flags.port or flags.grpc_socket_path:
             self._grpc = GrpcListener(
-                flags.host, flags.port, flags.grpc_socket_path, flags.grpc_max_threads, flags.grpc_channel_arguments
+                flags.host,
+                flags.port,
+                flags.grpc_socket_path,
+                flags.grpc_max_threads,
+                flags.grpc_channel_arguments,
+                tls,
             )
             self._grpc.add([self._health.handler()])
         if flags.rest_api_port:
-            self._rest = RestListener(flags.host, flags.rest_api_port)
+            self._rest = RestListener(
+                flags.host,
+                flags.rest_api_port,
+                header_timeout_s=flags.rest_api_header_timeout_in_ms / 1000,
+                idle_timeout_s=flags.rest_api_idle_timeout_in_ms / 1000,
+            )
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; the exit status. A second signal ends the process at once."""
@@ -76,40 +89,30 @@ class Server:
         with logs.libraries_silenced():
             from serving.model_server import runtime  # noqa: F401, I001 - before all others: it is what keeps the import short
 
-            from serving.model_server import rest, rpc, warmup
+            from serving.model_server import rest, rpc
             from serving.model_server.api import Api
+            from serving.model_server.batching import Batcher
+            from serving.model_server.loading import Loader
             from serving.model_server.manager import Manager
-            from serving.model_server.saved_model import Options, SavedModel
+            from serving.model_server.metrics import Metrics
 
         flags = self._flags
-        options = Options(
-            tags=tuple(flags.saved_model_tags.split(",")),
-            intra_op_threads=flags.tensorflow_intra_op_parallelism or flags.tensorflow_session_parallelism,
-            inter_op_threads=flags.tensorflow_inter_op_parallelism or flags.tensorflow_session_parallelism,
-        )
-
-        def load(name: str, number: int, path: Path) -> SavedModel:
-            model = SavedModel(path, options)
-            try:
-                if flags.enable_model_warmup:
-                    records = warmup.replay(model, flags.num_request_iterations_for_warmup)
-                    log.info("version_warmed", model=name, version=number, records=records)
-            except Exception:
-                model.close()
-                raise
-            return model
-
+        loader = Loader(flags)
         manager = Manager(
-            load,
+            loader.load,
             poll_s=flags.file_system_poll_wait_seconds,
             max_retries=flags.max_num_load_retries,
             retry_s=flags.load_retry_interval_micros / 1e6,
             on_change=self._on_change,
             labels_may_dangle=flags.allow_version_labels_for_unavailable_models,
         )
-        api = Api(manager, check_method_names=flags.enable_signature_method_name_check)
+        metrics = Metrics(manager.knows, manager.states) if self._metrics_path else None
+        loader.metrics = metrics
+        if self._batching:
+            loader.batcher = Batcher(self._batching, metrics.batches() if metrics else None)
+        api = Api(manager, check_method_names=flags.enable_signature_method_name_check, metrics=metrics)
         if self._grpc:
-            self._grpc.add(rpc.handlers(api, ThreadPoolExecutor(4, "control")))
+            self._grpc.add(rpc.handlers(api, ThreadPoolExecutor(4, "control"), metrics))
             self._grpc.ready()
         if self._rest:
             app = rest.create_app(
@@ -118,6 +121,8 @@ class Server:
                 timeout_s=flags.rest_api_timeout_in_ms / 1000,
                 max_body_bytes=flags.rest_api_max_body_bytes,
                 cors=flags.rest_api_enable_cors_support,
+                metrics=metrics,
+                metrics_path=self._metrics_path or "",
             )
             self._rest.serve(app)
         log.info("tensorflow_loaded", seconds=round(time.monotonic() - started, 1))

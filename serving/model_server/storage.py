@@ -3,7 +3,7 @@
 from pathlib import Path
 
 MAX_VERSION = 2**63 - 1
-GRAPH_FILES = ("saved_model.pb", "saved_model.pbtxt")
+GRAPH_FILES = ("saved_model.pb", "saved_model.pbtxt", "model.tflite")
 
 
 def versions(base_path: Path) -> dict[int, Path]:

@@ -49,6 +49,12 @@ def enum_name(array: np.ndarray[Any, Any]) -> str:
     return types_pb2.DataType.Name(entry[0]) if entry else str(array.dtype)
 
 
+def type_of(array: np.ndarray[Any, Any]) -> str:
+    """The type of an array as TensorFlow prints it."""
+    entry = _FIELD_BY_NUMPY.get(array.dtype)
+    return type_name(entry[0]) if entry else str(array.dtype)
+
+
 def text(value: Any) -> str:
     """A value of a string tensor for a text field of a message, which must be UTF-8.
 

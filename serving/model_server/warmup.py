@@ -7,13 +7,13 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from serving.model_server import examples, runtime, tensors
 from serving.model_server.errors import Code, ServingError, invalid_argument
-from serving.model_server.saved_model import SavedModel
+from serving.model_server.model import Model
 
 FILE = Path("assets.extra/tf_serving_warmup_requests")
 MAX_RECORDS = 1000
 
 
-def replay(model: SavedModel, iterations: int = 1) -> int:
+def replay(model: Model, iterations: int = 1) -> int:
     """Run the records of a version, each ``iterations`` times; the number of records, 0 without the file.
 
     Raises:
@@ -37,7 +37,7 @@ def replay(model: SavedModel, iterations: int = 1) -> int:
     return count
 
 
-def _run(model: SavedModel, log: prediction_log_pb2.PredictionLog) -> None:
+def _run(model: Model, log: prediction_log_pb2.PredictionLog) -> None:
     kind = log.WhichOneof("log_type")
     if kind == "predict_log":
         predict = log.predict_log.request

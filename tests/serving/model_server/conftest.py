@@ -160,7 +160,7 @@ def command(*arguments: object) -> list[str]:
 class ServerProcess:
     """``python -m serving.model_server`` on free ports. Its log is kept as parsed JSON lines."""
 
-    def __init__(self, log_path: Path, *arguments: object) -> None:
+    def __init__(self, log_path: Path, *arguments: object, credentials: grpc.ChannelCredentials | None = None) -> None:
         self.port, self.rest_port = free_ports(2)
         self.log_path = log_path
         with log_path.open("wb") as log:
@@ -170,10 +170,14 @@ class ServerProcess:
                 stdout=log,
                 stderr=log,
             )
-        self.channel = grpc.insecure_channel(
-            f"127.0.0.1:{self.port}", options=[("grpc.max_receive_message_length", -1)]
-        )
+        self.channel = self.open_channel(credentials)
         self.url = f"http://127.0.0.1:{self.rest_port}"
+
+    def open_channel(self, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
+        options = [("grpc.max_receive_message_length", -1)]
+        if credentials:
+            return grpc.secure_channel(f"localhost:{self.port}", credentials, options)
+        return grpc.insecure_channel(f"127.0.0.1:{self.port}", options)
 
     def log(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log_path.read_text().splitlines()]
@@ -267,9 +271,9 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     """``start_server("--flag=value", …)``; whatever still runs at the end is stopped."""
     servers: list[ServerProcess] = []
 
-    def start(*arguments: object) -> ServerProcess:
+    def start(*arguments: object, credentials: grpc.ChannelCredentials | None = None) -> ServerProcess:
         log_path = tmp_path_factory.mktemp("server") / "log"
-        servers.append(ServerProcess(log_path, *arguments))
+        servers.append(ServerProcess(log_path, *arguments, credentials=credentials))
         return servers[-1]
 
     yield start

@@ -1,5 +1,6 @@
 """The command line: what cannot work is said in one line, at once, with a non-zero exit status."""
 
+import re
 import socket
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from serving.model_server.errors import UsageError
         (["--model_base_path=/m", "--port=70000"], "70000"),
         (["--model_base_path=/m", "--port=0"], "nothing to listen on"),
         (["--model_base_path=/m", "--port=9000", "--rest_api_port=9000"], "9000"),
-        (["--model_base_path=/m", "--ssl_config_file=tls.txt"], "TLS"),
-        (["--model_base_path=/m", "--enable_batching"], "batching"),
+        (["--model_base_path=/m", "--use_alts_credentials"], "ALTS"),
+        (["--model_base_path=/m", "--ssl_config_file=/does/not/exist"], "--ssl_config_file /does/not/exist"),
         (["--model_config_file=/does/not/exist"], "/does/not/exist"),
     ],
 )
@@ -75,6 +76,54 @@ def test_both_spellings_of_a_flag_are_read():
 def test_flags_that_have_no_effect_here_are_accepted():
     """A start script of the original runs unchanged."""
     flags.parse(["--model_base_path=/m", "--flush_filesystem_caches=true", "--rest_api_num_threads", "16"])
+
+
+@pytest.mark.parametrize(
+    ("read", "flag", "text", "says"),
+    [
+        (config.read_batching, "batching_parameters_file", "max_batch_size: 3", "no text BatchingParameters"),
+        (config.read_batching, "batching_parameters_file", "max_batch_size { value: 0 }", "max_batch_size is 0"),
+        (
+            config.read_batching,
+            "batching_parameters_file",
+            "max_batch_size { value: 8 } allowed_batch_sizes: [2, 4]",
+            "ascending sizes were expected, the last of them 8",
+        ),
+        (config.read_tls, "ssl_config_file", "client_verify: true", "client_verify needs custom_ca"),
+        (config.read_tls, "ssl_config_file", 'server_key: "x" server_cert: "y"', "must be PEM texts"),
+        (config.read_metrics_path, "monitoring_config_file", "prometheus { }", "no text MonitoringConfig"),
+        (
+            config.read_metrics_path,
+            "monitoring_config_file",
+            'prometheus_config { enable: true path: "/v1/metrics" }',
+            "/v1/metrics",
+        ),
+    ],
+)
+def test_a_wrong_parameters_file_names_what_is_wrong(tmp_path, read, flag, text, says):
+    """Before a port is bound or TensorFlow is loaded."""
+    file = tmp_path / "file"
+    file.write_text(text)
+    settings = flags.parse(["--model_base_path=/m", "--rest_api_port=1", "--enable_batching", f"--{flag}={file}"])
+    with pytest.raises(UsageError, match=re.escape(says)):
+        read(settings)
+
+
+def test_batching_parameters_default_to_those_of_tensorflow_serving(tmp_path):
+    """And a file changes what it names."""
+    assert config.read_batching(flags.parse(["--model_base_path=/m"])) is None
+    default = config.read_batching(flags.parse(["--model_base_path=/m", "--enable_batching"]))
+    assert (default.max_batch_size, default.batch_timeout_s, default.max_enqueued_batches) == (1000, 0, 10)
+    file = tmp_path / "batching"
+    file.write_text(
+        "max_batch_size { value: 64 } batch_timeout_micros { value: 5000 } num_batch_threads { value: 3 } "
+        "max_enqueued_batches { value: 7 } allowed_batch_sizes: 8 allowed_batch_sizes: 16 "
+        "enable_large_batch_splitting { value: true } max_execution_batch_size { value: 16 }"
+    )
+    settings = flags.parse(["--model_base_path=/m", "--enable_batching", f"--batching_parameters_file={file}"])
+    read = config.read_batching(settings)
+    assert (read.max_batch_size, read.capacity, read.batch_timeout_s, read.num_batch_threads) == (64, 16, 0.005, 3)
+    assert [read.padded(size) for size in (1, 8, 9, 16)] == [8, 8, 16, 16]
 
 
 def test_a_config_file_gives_models_policies_and_labels(tmp_path):

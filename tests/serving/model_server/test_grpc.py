@@ -188,8 +188,10 @@ def test_a_tensor_that_does_not_fit_its_shape_is_refused_before_it_takes_memory(
 def test_a_request_that_is_no_message_is_refused(served):
     """Garbage on the wire harms nobody."""
     call = served.channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
-    with pytest.raises(grpc.RpcError):
+    with pytest.raises(grpc.RpcError) as caught:
         call(b"\xff\xff\xff\xff garbage", timeout=10)
+    assert caught.value.code() == CODE.INVALID_ARGUMENT
+    assert caught.value.details() == "the request is no tensorflow.serving.PredictRequest"
     assert predict(served, {"images": IMAGE}).outputs
 
 
