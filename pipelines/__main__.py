@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +34,13 @@ Note = Annotated[str, typer.Option(help="Why, for the ledger.")]
 VersionNumber = Annotated[int, typer.Argument(min=0, help="The number of a published version.")]
 
 
+class Through(StrEnum):
+    """Who answers a scoring job."""
+
+    GATEWAY = "gateway"
+    MODEL = "model"
+
+
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -48,7 +56,7 @@ def ingest(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --add: only say what would be added.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The outcome as one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Get the raw data into data/, verified by SHA-256, and into the DVC cache. A damaged file is fetched again.
 
@@ -217,6 +225,51 @@ def prune(
         print(f"kept     {number}  ({reason})")
     for number in done.removed:
         print(f"{'would go' if dry_run else 'removed '} {number}")
+
+
+@app.command()
+def score(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="A folder of pictures, or an IDX, IDX .gz, .npy or .npz of images.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to make: .csv or .jsonl.")],
+    through: Annotated[
+        Through, typer.Option(help="Who answers: the running gateway, or the SavedModel in this process.")
+    ] = Through.GATEWAY,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            help="The gateway's address, or the model's folder. Default: the gateway here, or the latest version."
+        ),
+    ] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also a column for each digit.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUTPUT, and an unfinished job with other settings.")
+    ] = False,
+    shard_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a shard: the piece that is scored, and lost by a kill, at once.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Read the digit in each of many images: one row out for each row in, bad ones with their error.
+
+    Cut off, the same command goes on where it was. DIGITS_TASK_RUNNER=dask spreads it over processes or machines.
+    """
+    from pipelines.scoring.command import score as run_score
+
+    raise typer.Exit(
+        run_score(
+            Settings(),
+            source,
+            output,
+            through=through.value,
+            where=where,
+            probabilities=probabilities,
+            overwrite=overwrite,
+            shard_rows=shard_rows,
+            as_json=as_json,
+        )
+    )
 
 
 @app.command()

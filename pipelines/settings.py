@@ -1,7 +1,7 @@
 """Settings of the pipelines: environment variables ``DIGITS_*``. What changes the model is in ``params.yaml``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -80,6 +80,15 @@ class Settings(BaseSettings):
 
     step_timeout_s: Seconds = 3600.0
     """Any other step of a flow (ingest, publish, promote, a backup) that takes longer is stopped and the flow fails."""
+
+    task_runner: Literal["threads", "dask"] = "threads"
+    """Where a flow's per-shard tasks run (batch scoring): threads of this process, or a Dask cluster."""
+
+    dask_address: str | None = None
+    """The scheduler of a Dask cluster, such as ``tcp://10.0.0.5:8786``. None: one of this machine for each run."""
+
+    task_workers: Annotated[int, Field(ge=1)] = 2
+    """Threads, or processes of the Dask cluster of this machine."""
 
     verify_timeout_s: Seconds = 300.0
     """For loading and querying a candidate in a fresh process before it is published."""
