@@ -5,6 +5,7 @@ cluster of several machines input and output must lie on a file system that all 
 """
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,8 +104,8 @@ def score(
     watch(watched)
     spec = spec_of(settings, through, where)
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = target.with_name(f".{target.name}.lock")
-    with only_one(lock, f"scoring into {target.name}"), _bar() as show:
+    lock = f"score-{hashlib.sha256(str(target).encode()).hexdigest()[:12]}.lock"
+    with only_one(settings.run_dir / lock, f"scoring into {target.name}"), _bar() as show:
         job = plan(
             Path(source).absolute(), target, spec, probabilities=probabilities, overwrite=overwrite,
             shard_rows=shard_rows, on_unpacked=lambda done, total: show("unpacking", done, total),
@@ -116,8 +117,6 @@ def score(
         _look(job, missing, show)
         _score(job, missing, todo, show)
         tally = finish(job, target)
-    lock.with_name(f"{lock.name}.pid").unlink(missing_ok=True)
-    lock.unlink(missing_ok=True)
     done = Scored(target, tally, todo, time.monotonic() - started)
     say(f"✓ score       {tally.rows:,} rows, {tally.failed:,} without an answer, in {duration(done.duration_s)}")
     create_markdown_artifact(key="scores", markdown=_markdown(done), description=f"{tally.rows:,} rows")
@@ -139,9 +138,14 @@ def _score(job: Job, missing: list[int], todo: int, show: Callable[[str, int, in
     done = 0
     show("scoring", 0, todo)
     futures = [score_one.submit(str(job.folder), shard) for shard in missing]
-    for future in as_completed(futures):
-        done += future.result()
-        show("scoring", done, todo)
+    try:
+        for future in as_completed(futures):
+            done += future.result()
+            show("scoring", done, todo)
+    except BaseException:  # one that failed for good ends the job: those that have not begun need not fail too
+        for future in futures:
+            future.wrapped_future.cancel()
+        raise
 
 
 class _Rate(ProgressColumn):
