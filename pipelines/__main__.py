@@ -239,7 +239,7 @@ def score(
     where: Annotated[
         str | None,
         typer.Option(
-            help="The gateway's address, or the model's folder. Default: the gateway here, or the latest version."
+            help="The gateway's address, or the model's folder. Default: the gateway here, or the served version."
         ),
     ] = None,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also a column for each digit.")] = False,

@@ -53,6 +53,9 @@ _HEAD: Final = (
     "# What was added to the training images, oldest first: written by `python -m pipelines ingest --add`, committed\n"
     "# with data.dvc and params.yaml. `data` is the hash that data.dvc records; `was` is the one before.\n"
 )
+_FACTS: Final = ("was", "when", "who", "source", "added", "added_by_digit", "refused", "train_images")
+"""What an entry says after its `data`, in this order."""
+
 _LEAST_GREATEST_PIXEL: Final = 128
 
 
@@ -294,12 +297,13 @@ def _write_changelog(settings: Settings, facts: dict[str, Any]) -> None:
     """Append an entry, unless it is there already from a run that was cut off after it."""
     path = settings.project / CHANGELOG
     old = path.read_text(encoding="utf-8") if path.is_file() else _HEAD
-    entry = {"data": versioning.data_hash(settings), **facts}
+    entry = {"data": versioning.data_hash(settings), **{name: facts[name] for name in _FACTS}}
     entries = YAML(typ="safe").load(old) or []
     if any(one.get("data") == entry["data"] and one.get("when") == entry["when"] for one in entries):
         return
     yaml = YAML()
     yaml.width = 4096
+    yaml.default_flow_style = None  # lists of numbers on one line
     text = io.StringIO()
     yaml.dump([entry], text)
     part = path.with_name(f".{path.name}.part")

@@ -92,7 +92,7 @@ def score(
         source: a folder of pictures, or an IDX, IDX .gz, .npy or .npz file of images.
         output: the .csv or .jsonl to make.
         through: ``gateway``, or ``model`` for the SavedModel in the tasks' own processes.
-        where: the gateway's address or the SavedModel's folder; this machine's, or the latest version, when None.
+        where: the gateway's address or the SavedModel's folder; this machine's, or the promoted version, when None.
         probabilities: also a column for each digit's.
         overwrite: replace a finished output.
         shard_rows: rows of a shard.

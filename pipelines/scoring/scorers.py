@@ -10,6 +10,7 @@ import numpy as np
 
 from digits import contract
 from digits.errors import DigitsError
+from pipelines import serving_config
 from pipelines.settings import Settings
 
 GATEWAY: Final = "gateway"
@@ -56,14 +57,14 @@ class Spec:
 
 
 def spec_of(settings: Settings, through: str, where: str | None) -> Spec:
-    """The scorer that was asked for; by default the gateway of this machine, or the version published last.
+    """The scorer that was asked for; by default the gateway of this machine, or the version served by default.
 
     Raises:
         ScoringFailed: there is no such model.
     """
     if through == GATEWAY:
         return Spec(GATEWAY, (where or f"http://{settings.host}:{settings.rest_port}").rstrip("/"))
-    folder = Path(where).absolute() if where else _latest(settings)
+    folder = Path(where).absolute() if where else _served(settings)
     if not (folder / "saved_model.pb").is_file():
         raise ScoringFailed(f"expected a SavedModel in {folder}; there is none. Run: python -m pipelines release")
     return Spec(MODEL, str(folder))
@@ -74,10 +75,12 @@ def open_scorer(spec: Spec) -> Scorer:
     return _model(spec.where) if spec.through == MODEL else _gateway(spec.where)
 
 
-def _latest(settings: Settings) -> Path:
-    folder = settings.versions_dir
-    numbers = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()] if folder.is_dir() else []
-    return folder / str(max(numbers, default=0))
+def _served(settings: Settings) -> Path:
+    """The folder of the version that is served by default."""
+    number = serving_config.promoted(settings)
+    if number is None:
+        raise ScoringFailed(f"no version in {settings.versions_dir} is promoted. Run: python -m pipelines release")
+    return settings.versions_dir / str(number)
 
 
 class GatewayScorer:

@@ -19,9 +19,8 @@ from PIL import Image
 from digits.image import read_digit
 from pipelines import prefect_server
 from pipelines.arrays import BadInput, idx_header
-from pipelines.scoring import job as jobs
 from pipelines.scoring.job import JobError, Tally, finish, plan, profile_shard, require_plausible, score_shard
-from pipelines.scoring.scorers import GatewayScorer, ScorerUnavailable, Spec, spec_of
+from pipelines.scoring.scorers import GatewayScorer, ScorerUnavailable, ScoringFailed, Spec, spec_of
 from pipelines.settings import Settings
 from tests.conftest import running_below
 from tests.pipelines.conftest import environment_for
@@ -206,8 +205,11 @@ def test_gateway_that_comes_back_is_waited_for_and_one_that_is_none_is_named(her
 
 
 def test_model_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(jobs.DigitsError, match=r"expected a SavedModel in .*models/digits/0; there is none"):
+    """Nothing promoted, or a folder without one: with what to do."""
+    with pytest.raises(ScoringFailed, match=r"no version in .*models/digits is promoted\. Run: python -m pipelines"):
         spec_of(Settings(project=tmp_path), "model", None)
+    with pytest.raises(ScoringFailed, match=r"expected a SavedModel in .*; there is none"):
+        spec_of(Settings(project=tmp_path), "model", str(tmp_path))
 
 
 def test_killed_job_goes_on_and_a_killed_dask_worker_loses_no_row(
