@@ -49,7 +49,9 @@ class Published:
 
 
 def publish(settings: Settings, *, tell: Callable[[str], None] = lambda _text: None) -> Published:
-    """Publish the candidate under ``artifacts/``, unless the served or the newest version holds these very weights.
+    """Publish the candidate under ``artifacts/``, unless a version that counts holds these very weights.
+
+    Those are the served version, the newest one, and any that was rolled back: it must not come back by another number.
 
     Args:
         settings: where.
@@ -71,7 +73,7 @@ def publish(settings: Settings, *, tell: Callable[[str], None] = lambda _text: N
             candidate = read_candidate(settings)
             serving_config.ensure(settings)
             served, newest = served_version(settings), newest_version(store)
-            for version in (served, newest):
+            for version in (served, newest, *serving_config.withdrawn_versions(settings)):
                 if version and version.model_sha256 == candidate.model_sha256:
                     record_champion(settings)
                     return Published(version, new=False)

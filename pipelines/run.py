@@ -38,7 +38,6 @@ from pipelines.exit_codes import Exit
 from pipelines.ingest import expected_files
 from pipelines.locks import only_one
 from pipelines.processes import LEASH, leashed, stop_session
-from pipelines.promotion import is_withdrawn
 from pipelines.settings import Settings
 from pipelines.stages import GATE
 from pipelines.versions import newest_version
@@ -145,9 +144,11 @@ def why_not_up_to_date(settings: Settings) -> str | None:
         return "the champion's record is not about what is served"
     if not verdict.approved or verdict.model_sha256 == served.model_sha256:
         return None
+    if verdict.model_sha256 in {version.model_sha256 for version in serving_config.withdrawn_versions(settings)}:
+        return None  # a person went back from it
     if verdict.model_sha256 != newest.model_sha256:
         return "the candidate is not published"
-    return None if is_withdrawn(settings, newest.number) else f"version {newest.number} is not promoted"
+    return f"version {newest.number} is not promoted"
 
 
 def _bring_up_to_date(settings: Settings, console: Console, servers: "_Servers") -> bool:

@@ -20,7 +20,7 @@ from digits.errors import DigitsError
 from pipelines.disk import disk_errors, write_text_atomically
 from pipelines.locks import Busy, only_one
 from pipelines.settings import Settings
-from pipelines.versions import version_numbers
+from pipelines.versions import Version, read_version, version_numbers
 
 LABEL: Final = "stable"
 """What clients ask for to get the promoted version."""
@@ -98,6 +98,18 @@ def only_writer(settings: Settings, wait_s: float) -> Iterator[None]:
         with disk_errors("which version is served", folder, "what is served is as it was"):
             stack.enter_context(only_one(folder / ".promotion.lock", "promotion", wait_s))
         yield
+
+
+def withdrawn_versions(settings: Settings) -> list[Version]:
+    """The versions that a rollback left and that are still there, the highest first.
+
+    Raises:
+        ServingConfigError: as for ``read``.
+    """
+    config = read(settings)
+    there = set(version_numbers(settings.versions_dir))
+    numbers = sorted(there.intersection(config.withdrawn if config else ()), reverse=True)
+    return [read_version(settings.versions_dir / str(number)) for number in numbers]
 
 
 def ensure(settings: Settings) -> None:

@@ -15,6 +15,7 @@ from pipelines.candidate import CandidateError, Rejected
 from pipelines.dataset import digest_of
 from pipelines.disk import DiskError
 from pipelines.locks import Busy, only_one
+from pipelines.promotion import promote, rollback
 from pipelines.publish import PublishError, publish
 from pipelines.settings import Settings
 from pipelines.versions import newest_version
@@ -63,6 +64,20 @@ def test_versions_count_up_and_the_same_weights_are_published_once(candidate) ->
     assert second.version.lineage["previous_version"] == 1
     assert {p: p.stat().st_mtime_ns for p in (settings.versions_dir / "1").rglob("*")} == before
     assert versions(settings) == ["1", "2"]
+
+
+def test_weights_that_were_rolled_back_do_not_come_back_under_another_number(candidate) -> None:
+    """Not even after other versions: they are found in the version that a person went back from."""
+    for weights in ("first", "bad"):
+        settings = candidate(weights).model_copy(update={"model_server_url": "http://127.0.0.1:9"})
+        promote(settings, publish(settings).version.number)
+    rollback(settings)
+    candidate("third")
+    promote(settings, publish(settings).version.number)
+    candidate("bad")
+    again = publish(settings)
+    assert (again.new, again.version.number) == (False, 2)
+    assert versions(settings) == ["1", "2", "3"]
 
 
 def test_lineage_leads_back_to_commit_data_and_parameters(candidate, toy: Path) -> None:
