@@ -75,7 +75,8 @@ def print_account(account: Account) -> None:
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     for name, value in _facts(account):
-        facts.add_row(name, "" if value is None else str(value))
+        if value is not None:
+            facts.add_row(name, str(value))
     console.print(facts)
     checks = (account.lineage.get("decision") or {}).get("checks") or []
     if checks:
@@ -137,7 +138,7 @@ def _facts(account: Account) -> Iterator[tuple[str, Any]]:
     yield "version before it", lineage.get("previous_version")
     yield "served when published", lineage.get("served_version")
     for name, value in flat(lineage.get("metrics") or {}):
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "schema":
             yield name, f"{value:.4f}" if isinstance(value, float) else value
     yield "packages", ", ".join(f"{name} {version}" for name, version in (lineage.get("packages") or {}).items())
 
