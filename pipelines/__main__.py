@@ -273,6 +273,25 @@ def score(
 
 
 @app.command()
+def maintain(
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions to keep.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Back up the ledger, remove old versions, and what nothing refers to in DVC's cache. Not while a release works."""
+    from pipelines.maintain import maintain as run_maintain
+
+    raise typer.Exit(run_maintain(Settings(), keep, as_json=as_json))
+
+
+@app.command()
+def restore(backup: Annotated[Path, typer.Argument(help="A file of run/backups/.")]) -> None:
+    """Put the rows of a backup back into the ledger; those that are there stay as they are."""
+    from pipelines.backup import restore as run_restore
+
+    print(f"{run_restore(Settings(), backup):,} rows are in the ledger")
+
+
+@app.command()
 def schedule(
     cron: Annotated[str, typer.Option(help="When, in cron's five fields, UTC.")] = "0 3 * * *",
     name: Annotated[str, typer.Option(help="Name of the Prefect deployment.")] = "scheduled",

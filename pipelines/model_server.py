@@ -8,6 +8,8 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, Final
 
+import numpy as np
+
 from digits import contract
 from digits.errors import DigitsError
 from pipelines.settings import Settings
@@ -20,6 +22,12 @@ class NotLoaded(DigitsError):
     """The model server cannot load this version, or takes too long."""
 
     code = "not_loaded"
+
+
+class NoAnswer(DigitsError):
+    """The model server did not answer a query."""
+
+    code = "no_answer"
 
 
 def version_states(settings: Settings) -> dict[int, tuple[str, str]] | None:
@@ -62,6 +70,25 @@ def wait_until_labelled(settings: Settings, label: str, number: int, limit_s: fl
     return _wait(lambda: labelled_version(settings, label) == number, limit_s)
 
 
+def predict(settings: Settings, number: int, images_u8: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One version's probabilities (N, 10) and digits (N,) for uint8 images (N, 28, 28).
+
+    Raises:
+        NoAnswer: there is none, or it is no such answer.
+    """
+    body = {"signature_name": contract.SIGNATURE, "inputs": {contract.INPUT_IMAGES: images_u8.tolist()}}
+    url = _url(settings, f"/versions/{number}:predict")
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310  # an operator's setting
+    try:
+        with urllib.request.urlopen(request, timeout=settings.load_timeout_s) as answer:  # noqa: S310  # as above
+            outputs = json.loads(answer.read())["outputs"]
+        return np.asarray(outputs[contract.OUTPUT_PROBABILITIES]), np.asarray(outputs[contract.OUTPUT_DIGIT])
+    except urllib.error.HTTPError as err:
+        raise NoAnswer(f"the model server answers {err.code} for version {number}") from err
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise NoAnswer(f"the model server gives no answer with version {number}: {err}") from err
+
+
 def _wait(there: Callable[[], bool], limit_s: float) -> bool:
     deadline = time.monotonic() + limit_s
     while not there():
@@ -73,8 +100,7 @@ def _wait(there: Callable[[], bool], limit_s: float) -> bool:
 
 def _get(settings: Settings, path: str) -> dict[str, Any] | None:
     """The answer's JSON; of an error too, which has no versions in it."""
-    base = settings.model_server_url or f"http://127.0.0.1:{settings.model_server_rest_port}"
-    url = f"{base.rstrip('/')}/v1/models/{contract.MODEL_NAME}{path}"
+    url = _url(settings, path)
     try:
         with urllib.request.urlopen(url, timeout=settings.model_server_timeout_s) as answer:  # noqa: S310  # an operator's setting
             content = json.loads(answer.read())
@@ -87,6 +113,11 @@ def _get(settings: Settings, path: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _url(settings: Settings, path: str) -> str:
+    base = settings.model_server_url or f"http://127.0.0.1:{settings.model_server_rest_port}"
+    return f"{base.rstrip('/')}/v1/models/{contract.MODEL_NAME}{path}"
 
 
 def _problem(status: dict[str, Any]) -> str:

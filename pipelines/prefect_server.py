@@ -76,7 +76,7 @@ def server(settings: Settings, *, with_services: bool = False) -> Iterator[None]
             yield
         finally:
             _send_the_rest()
-            del os.environ["PREFECT_API_URL"]
+            os.environ.pop("PREFECT_API_URL", None)
             process.stop()
 
 

@@ -21,6 +21,8 @@ from pipelines.versions import find_version
 _LABEL_WAIT_S: Final = 10.0
 """For the model server to read models.config again; it looks every second."""
 
+Check = Callable[[bool], None]
+
 
 class PromotionError(DigitsError):
     """The version is not served; what was served is."""
@@ -50,7 +52,12 @@ class Promotion:
 
 
 def promote(
-    settings: Settings, number: int, *, note: str = "", tell: Callable[[str], None] = lambda _text: None
+    settings: Settings,
+    number: int,
+    *,
+    note: str = "",
+    tell: Callable[[str], None] = lambda _text: None,
+    check: Check = lambda _loaded: None,
 ) -> Promotion:
     """Serve a published version by default. Nothing happens when it is served already.
 
@@ -59,6 +66,8 @@ def promote(
         number: the version; not lower than the one served now.
         note: why, for the ledger.
         tell: called with what a person should know, line by line.
+        check: called before the version is served, with whether the model server has it loaded. What it raises ends the
+            promotion, and all is as it was.
 
     Raises:
         NoSuchVersion: it is not published.
@@ -66,7 +75,7 @@ def promote(
         DiskError: models.config cannot be written.
         Busy: another promotion is at work.
     """
-    return _serve(settings, number, ledger.Kind.PROMOTION, note, tell)
+    return _serve(settings, number, ledger.Kind.PROMOTION, note, tell, check)
 
 
 def rollback(
@@ -93,7 +102,12 @@ def is_withdrawn(settings: Settings, number: int) -> bool:
 
 
 def _serve(
-    settings: Settings, wanted: int | None, kind: ledger.Kind, note: str, tell: Callable[[str], None]
+    settings: Settings,
+    wanted: int | None,
+    kind: ledger.Kind,
+    note: str,
+    tell: Callable[[str], None],
+    check: Check = lambda _loaded: None,
 ) -> Promotion:
     started = time.monotonic()
     with serving_config.only_writer(settings, settings.lock_timeout_s):
@@ -107,6 +121,11 @@ def _serve(
             return Promotion(number, before.predecessor, kind, False, None, time.monotonic() - started)
         _require_direction(before.promoted, number, kind)
         loaded = _load(settings, before, number, tell)
+        try:
+            check(loaded)
+        except BaseException:
+            serving_config.write(settings, before)
+            raise
         after = _decided(before, number, kind, note)
         if loaded:  # what was served stays loaded until the label has moved
             serving_config.write(settings, replace(after, versions=_both(before, number)))

@@ -110,16 +110,21 @@ def _publish_as(
 
 
 def _require_same_answers(settings: Settings, folder: Path, tell: Callable[[str], None]) -> None:
-    """Load the copy that is to be served in a fresh process and compare its answers with the golden ones."""
+    """Ask the copy that is to be served before it gets its number."""
+    if problem := why_not_verified(settings, folder, tell):
+        raise PublishError(f"the candidate {problem}: not published")
+
+
+def why_not_verified(settings: Settings, folder: Path, tell: Callable[[str], None]) -> str | None:
+    """Load a version in a fresh process and compare its answers with the golden ones: what is wrong, or None."""
     command = [sys.executable, "-m", "training", "verify", str(folder)]
     done = stream(command, cwd=settings.project, timeout_s=settings.verify_timeout_s, on_line=tell)
     if done.timed_out:
-        raise PublishError(
-            f"the candidate did not load and answer within {settings.verify_timeout_s:.0f} s: not published"
-        )
+        return f"did not load and answer within {settings.verify_timeout_s:.0f} s"
     if done.returncode:
         said = done.tail[-1] if done.tail else f"exit code {done.returncode}"
-        raise PublishError(f"the candidate did not pass its check in a fresh process ({said}): not published")
+        return f"did not pass its check in a fresh process ({said})"
+    return None
 
 
 def _lineage(settings: Settings, candidate: Candidate, folder: Path, number: int) -> dict[str, Any]:

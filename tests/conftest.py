@@ -21,12 +21,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--stack", action="store_true", help="also run the container stack; needs Docker")
 
 
+_WITH_PREFECT = {f"tests/pipelines/test_{name}.py" for name in ("release", "maintenance", "deployments")}
+
+
 class OneStack(LoadScopeScheduling):
-    """Tests of one file stay on one worker, and all of tests/stack on one."""
+    """Tests of one file stay on one worker, and all of tests/stack on one, and all that share a Prefect server."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
-        return "stack" if file.startswith("tests/stack/") else file
+        if file.startswith("tests/stack/"):
+            return "stack"
+        return "prefect" if file in _WITH_PREFECT else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OneStack:

@@ -134,12 +134,20 @@ def _report_markdown(report: Mapping[str, Any]) -> str:
 def _decision_markdown(verdict: Verdict) -> str:
     word = "accepted" if verdict.approved else "**rejected**"
     rows = [
-        f"| {'✓' if check.get('passed') else '✗'} | {check.get('name')} | {check.get('value')} | {check.get('limit')} "
-        f"| {check.get('detail', '')} |"
+        f"| {'✓' if check.get('passed') else '✗'} | {check.get('name')} | {_short(check.get('value'))} "
+        f"| {_short(check.get('limit'))} | {check.get('detail') or ''} |"
         for check in verdict.checks
     ]
     head = ["|  | check | value | limit | detail |", "| --- | --- | --- | --- | --- |"]
     return "\n".join([f"Candidate `{verdict.model_sha256[:12]}` {word}: {verdict.reason}", "", *head, *rows])
+
+
+def _short(value: object) -> str:
+    """As much of it as a narrow table has room for: four digits, twelve characters of a hash."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = "" if value is None else str(value)
+    return f"{text[:12]}…" if len(text) > 40 else text
 
 
 def _lineage_markdown(done: Published) -> str:

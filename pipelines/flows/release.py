@@ -1,4 +1,4 @@
-"""The release flow: get the data, run the DVC stages, publish what the gate approves.
+"""The release flow: get the data, run the DVC stages, publish what the gate approves, query it, promote it.
 
 DVC owns what depends on what: the stages and their order are read from its graph, and each runs as ``dvc repro -s``. So
 the flow and a bare ``dvc repro`` find each other's work done. Prefect owns retries, side effects and what people see.
@@ -14,6 +14,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled, Completed, State
 
 from pipelines import recovery, versioning
+from pipelines import smoke as run_smoke
 from pipelines.candidate import read_verdict, record_rejection
 from pipelines.flows import artifacts, cancellation
 from pipelines.flows.hooks import REFUSED, REJECTED, settings_of, tell_webhook
@@ -40,7 +41,7 @@ def _worth_another_try(_task: Any, _run: Any, state: State) -> bool:
     return False
 
 
-@task(name="ingest", cache_policy=NO_CACHE)
+@task(name="ingest", task_run_name="ingest", cache_policy=NO_CACHE)
 def ingest(settings: Settings) -> Ingested:
     """Raw data in place and verified. A changed file stops the release: it is for a person to say what to do."""
     done = run_ingest(settings, repair=False, tell=say)
@@ -64,7 +65,7 @@ def run_stage(settings: Settings, stages: Stages, name: str) -> StageReport:
     return report
 
 
-@task(name="publish", cache_policy=NO_CACHE)
+@task(name="publish", task_run_name="publish", cache_policy=NO_CACHE)
 def publish(settings: Settings) -> Published:
     """The approved candidate as a served version."""
     started = time.monotonic()
@@ -80,13 +81,28 @@ def publish(settings: Settings) -> Published:
     return done
 
 
-@task(name="promote", cache_policy=NO_CACHE)
-def promote(settings: Settings, number: int) -> Promotion | None:
+@task(name="smoke", task_run_name="smoke", cache_policy=NO_CACHE)
+def smoke(settings: Settings, published: Published, loaded: bool) -> None:
+    """A real query to this very version: through the model server that has it loaded, else in a fresh process."""
+    version = published.version
+    if loaded:
+        count = run_smoke.ask_model_server(settings, version)
+        say(f"✓ smoke       the model server answers {count} images with version {version.number} as it was trained to")
+    elif published.new:
+        say("– smoke       no model server answers; a fresh process was asked when this version was published")
+    else:
+        run_smoke.ask_fresh_process(settings, version, get_run_logger().info)
+        say(f"✓ smoke       a fresh process answers with version {version.number} as it was trained to")
+
+
+@task(name="promote", task_run_name="promote", cache_policy=NO_CACHE)
+def promote(settings: Settings, published: Published) -> Promotion | None:
     """The published version served by default. None when a person rolled it back: only a person promotes it again."""
+    number = published.version.number
     if is_withdrawn(settings, number):
         say(f"– promote     version {number} was rolled back; to serve it again: python -m pipelines promote {number}")
         return None
-    done = run_promote(settings, number, tell=say)
+    done = run_promote(settings, number, tell=say, check=lambda loaded: smoke(settings, published, loaded))
     say(
         f"✓ promote     version {number} is served, {duration(done.duration_s)} after the call"
         if done.new
@@ -145,7 +161,7 @@ def _release(settings: Settings, stages: Stages) -> Published | State:
             record_rejection(settings, verdict, tell=say)
             return Completed(name=REJECTED, message=verdict.reason)
     done = publish.with_options(**timed)(settings)
-    promotion = promote.with_options(**timed)(settings, done.version.number)
+    promotion = promote.with_options(**timed)(settings, done)
     if done.new or (promotion and promotion.new):
         # The champion is a new one now: judge again, so that DVC finds the decision up to date.
         run_stage.with_options(task_run_name=f"{GATE} again")(settings, stages, GATE)

@@ -4,11 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from pipelines import prefect_server
 from pipelines.settings import Settings
 from tests.conftest import ROOT, clean_environment
 
@@ -105,6 +106,22 @@ def first_release(
 def released(first_release: tuple[Path, subprocess.CompletedProcess], tmp_path: Path) -> Path:
     """A copy of a project with version 1 published."""
     return Path(shutil.copytree(first_release[0], tmp_path / "project"))
+
+
+@pytest.fixture(scope="session")
+def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One temporary Prefect server, as the product starts it, for all tests of this worker."""
+    settings = Settings(project=tmp_path_factory.mktemp("prefect"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+            patch.delenv(name, raising=False)
+        prefect_server.prepare_environment(settings)
+        with prefect_server.server(settings):
+            prefect_server.wait_until_ready(settings)
+            url = os.environ["PREFECT_API_URL"]
+            for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+                patch.delenv(name)
+            yield url
 
 
 def commit(project: Path) -> None:

@@ -18,25 +18,12 @@ import httpx
 import psutil
 import pytest
 
-from pipelines import ledger, prefect_server, serving_config, versioning
+from pipelines import ledger, serving_config, versioning
 from pipelines.locks import only_one
 from pipelines.settings import Settings
 from tests.pipelines.conftest import environment_for, run
 
 T = TypeVar("T")
-
-
-@pytest.fixture(scope="module")
-def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One temporary Prefect server, as the product starts it, for the tests here."""
-    settings = Settings(project=tmp_path_factory.mktemp("prefect"))
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("PREFECT_API_URL", "PREFECT_HOME"):
-            patch.delenv(name, raising=False)
-        prefect_server.prepare_environment(settings)
-        with prefect_server.server(settings):
-            prefect_server.wait_until_ready(settings)
-            yield os.environ["PREFECT_API_URL"]
 
 
 def release(project: Path, prefect_url: str) -> subprocess.CompletedProcess[str]:

@@ -13,12 +13,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
-from pipelines import model_server, serving_config
+from pipelines import model_server, serving_config, smoke
 from pipelines.promotion import PromotionError, promote, rollback
 from pipelines.run import model_server_command
 from pipelines.settings import Settings
+from pipelines.versions import find_version
 from tests.conftest import ROOT, clean_environment
 from tests.pipelines.test_promotion import add_version
 from tests.stack.conftest import free_ports
@@ -176,3 +178,35 @@ def test_version_that_does_not_load_is_never_labelled(served: Served) -> None:
         promote(served.settings, 3)
     assert served.settings.serving_config_file.read_bytes() == before
     assert served.labelled() == "1"
+
+
+def test_version_is_asked_before_it_is_served(served: Served) -> None:
+    """The golden images go to the model server, for that very version; one that answers otherwise is not promoted."""
+    settings = served.settings
+    with contextlib.suppress(PromotionError):
+        rollback(settings, 1)
+    images = np.random.default_rng(7).integers(0, 256, (16, 28, 28), dtype=np.uint8)
+    version = find_version(settings.versions_dir, 2)
+
+    def check(loaded: bool) -> None:
+        assert loaded
+        assert smoke.ask_model_server(settings, version) == 16
+
+    before = settings.serving_config_file.read_bytes()
+    golden = version.folder / "assets.extra" / "golden.npz"
+    np.savez(golden, images=images, probabilities=np.eye(10, dtype=np.float32)[np.full(16, 5)])
+    with pytest.raises(smoke.SmokeFailed, match="answers otherwise with version 2 than it was trained to"):
+        promote(settings, 2, check=check)
+    assert settings.serving_config_file.read_bytes() == before
+    assert served.labelled() == "1"
+    wait_for("version 2 to go", lambda: served.loaded() == [1])
+
+    asked = []
+
+    def keep_answers(loaded: bool) -> None:
+        asked.append(model_server.predict(settings, 2, images)[0])
+        np.savez(golden, images=images, probabilities=asked[0])
+        check(loaded)
+
+    assert promote(settings, 2, check=keep_answers).confirmed
+    assert (len(asked), served.labelled()) == (1, "2")
