@@ -66,7 +66,7 @@ def _show_evaluation(folder: Path, settings: Settings) -> None:
         "reliability.png": "Is its confidence right?",
     }
     _markdown("evaluation", _pictures(folder, pictures), "The candidate on the test images, in pictures")
-    _link(settings, "evaluation-files", folder, "pictures, tables and predictions of this evaluation")
+    _link(settings, "evaluation-page", folder / "report.html", "the evaluation as one page")
 
 
 def _show_decision(_folder: Path, settings: Settings) -> None:

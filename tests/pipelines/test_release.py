@@ -130,7 +130,7 @@ def test_rejected_candidate_ends_in_a_state_of_that_name(released: Path, prefect
     assert versions(released) == ["1", "2"]
     body = {"flow_runs": {"id": {"any_": [last_run(prefect_url)["id"]]}}}
     artifacts = {a["key"]: a for a in httpx.post(f"{prefect_url}/artifacts/filter", json=body).json()}
-    assert set(artifacts) == {"metrics", "evaluation", "evaluation-files", "decision", "published", "lineage"}
+    assert set(artifacts) == {"metrics", "evaluation", "decision", "published", "lineage"}
     assert "![Confusion matrix](data:image/png;base64,iVBORw0KGgo" in artifacts["evaluation"]["data"]
     assert {"metric": "accuracy", "value": 0.98} in json.loads(artifacts["metrics"]["data"])
     assert "| ✓ | accuracy | 0.98 | 0.9 | the floor |" in artifacts["decision"]["data"]
