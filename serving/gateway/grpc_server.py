@@ -429,7 +429,11 @@ class GrpcServer:
     async def start(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         """Accept connections on a bound socket. With ``tls``, which has to offer ``h2`` by ALPN, only over it."""
         self._listener = await self.loop.create_server(
-            lambda: Connection(self, self.connections, self._handshake_s), sock=listener, ssl=tls, backlog=2048
+            lambda: Connection(self, self.connections, self._handshake_s),
+            sock=listener,
+            ssl=tls,
+            ssl_handshake_timeout=self._handshake_s if tls is not None else None,
+            backlog=2048,
         )
         self._sweeper = self.loop.create_task(self._sweep())
 
