@@ -34,9 +34,7 @@ def start(upstream: TestUpstream) -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
 
     def begin(**settings: str) -> Process:
-        process = Process(
-            upstream.target, DIGITS_WORKERS="2", DIGITS_STATUS_POLL_S="0.1", DIGITS_CONNECTION_AGE_S="1", **settings
-        )
+        process = Process(upstream.target, DIGITS_WORKERS="2", DIGITS_STATUS_POLL_S="0.1", **settings)
         started.append(process)
         process.wait_ready()
         return process
