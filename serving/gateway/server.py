@@ -75,8 +75,11 @@ class RestServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's, but with TLS a connection has as long for its handshake as others have for their headers."""
-        await super().startup([] if self.config.ssl else sockets)
-        for listener in sockets or [] if self.config.ssl else []:
+        if self.config.ssl is None:
+            await super().startup(sockets)
+            return
+        await super().startup([])
+        for listener in sockets or ():
             server = await asyncio.get_running_loop().create_server(
                 self._new_protocol,
                 sock=listener,
