@@ -7,12 +7,15 @@ from pathlib import Path
 
 import yaml
 
+from monitoring.dashboards import dashboards
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def generated() -> dict[Path, str]:
     """The generated files and their text."""
-    return {ROOT / "k8s" / "components" / "monitoring" / "prometheus-rule.yaml": prometheus_rule()}
+    boards = {ROOT / "monitoring" / "grafana" / "dashboards" / name: text for name, text in dashboards().items()}
+    return {ROOT / "k8s" / "components" / "monitoring" / "prometheus-rule.yaml": prometheus_rule(), **boards}
 
 
 def prometheus_rule() -> str:

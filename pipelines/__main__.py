@@ -314,6 +314,17 @@ def run(
     raise typer.Exit(run_all(Settings(), skip_release=skip_release))
 
 
+@app.command()
+def metrics(
+    port: Annotated[int, typer.Option(help="Port of /metrics.", min=1, max=65535)] = 9108,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> None:
+    """How releases go, for Prometheus: the ledger, Prefect's runs (PREFECT_API_URL), the disks. Changes nothing."""
+    from pipelines.metrics import serve
+
+    serve(Settings(), host, port)
+
+
 def _report(done: "Promotion", as_json: bool) -> None:
     """How a promotion or rollback ended."""
     if as_json:
