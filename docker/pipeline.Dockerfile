@@ -17,12 +17,12 @@ WORKDIR /app
 COPY digits digits
 COPY training training
 COPY pipelines pipelines
-COPY data.dvc dvc.yaml params.yaml .dvcignore ./
+COPY data.dvc dvc.yaml params.yaml prefect.yaml .dvcignore ./
 COPY .dvc/config .dvc/config
 COPY models/champion/README.md models/champion/README.md
 # There is no git in here: the image's revision says which commit this is.
 RUN printf '[core]\n    no_scm = true\n' > .dvc/config.local \
- && install -d -o 10001 -g 10001 /project /project/models /project/.dvc /project/.dvc/tmp
+ && install -d -o 10001 -g 10001 /project /project/models /project/.dvc /project/.dvc/tmp /secrets
 
 FROM python:3.11-slim-bookworm
 ARG VERSION=0.1.0
@@ -36,6 +36,7 @@ LABEL org.opencontainers.image.title="digits pipeline" \
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /app /app
 COPY --from=build --chown=10001:10001 /project /project
+COPY --from=build --chown=10001:10001 /secrets /run/secrets/digits
 COPY docker/health.py docker/pipeline.py /usr/local/lib/digits/
 # Prefect and others ask for the user's name.
 RUN groupadd --gid 10001 digits && useradd --uid 10001 --gid digits --no-create-home --home-dir /tmp digits

@@ -4,10 +4,13 @@
 ``pipeline.py is-published`` is the container's health: exit code 0 when a version is published.
 ``pipeline.py prefect …`` is Prefect's own command, in the workspace: how Prefect's workers start a flow run.
 ``pipeline.py prefect-server`` is Prefect's API and UI, for other containers.
+``pipeline.py metrics …`` says in Prometheus' terms how releases go; it only reads the workspace.
+``pipeline.py make-secrets FILE…`` makes those of the files that are missing: a password each.
 ``pipeline.py release``, or any other command, is that of ``python -m pipelines``.
 """
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -19,19 +22,29 @@ from typing import NoReturn
 CODE = Path("/app")
 PROJECT = Path("/project")
 CHAMPION = PROJECT / "models" / "champion" / "champion.json"
+SERVING_CONFIG = PROJECT / "models" / "models.config"
 PASSWORD_FILE = "PREFECT_SERVER_DATABASE_PASSWORD_FILE"  # noqa: S105  # a variable's name
+ENSURE = "from pipelines import serving_config, settings; serving_config.ensure(settings.Settings())"
+"""Volumes from before there was a models.config get one."""
 DEFAULT_CRON = "0 3 * * *"
 
 
 def main(arguments: list[str]) -> int:
     """Do what the command says; the exit code."""
     if arguments == ["is-published"]:
-        if not CHAMPION.is_file():
+        if not (CHAMPION.is_file() and SERVING_CONFIG.is_file()):
             sys.stderr.write("no version is published yet\n")
             return 1
         return 0
-    if arguments == ["prefect-server"]:
-        return prefect_server()
+    match arguments:
+        case ["prefect-server"]:
+            return prefect_server()
+        case ["make-secrets", *files]:
+            return make_secrets(files)
+        case ["metrics", *_]:
+            os.environ["DIGITS_PROJECT"] = str(PROJECT)
+            os.chdir(CODE)
+            return become([sys.executable, "-m", "pipelines", *arguments])
     try:
         bring_code()
     except OSError as err:
@@ -44,6 +57,8 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["prefect"]:
         return become([sys.executable, "-m", *arguments])
     if arguments == ["serve"]:
+        if code := subprocess.run([sys.executable, "-c", ENSURE], check=False).returncode:
+            return code
         if not CHAMPION.is_file() and (code := first_release()):
             return code
         arguments = ["schedule", "--cron", os.environ.get("DIGITS_CRON") or DEFAULT_CRON]
@@ -69,6 +84,22 @@ def prefect_server() -> int:
     os.environ.setdefault("PREFECT_UI_STATIC_DIRECTORY", "/tmp/prefect-ui")  # noqa: S108  # all else is read-only
     os.environ.pop("PREFECT_API_URL", None)
     return become([sys.executable, "-m", "prefect", "server", "start", "--host", "0.0.0.0"])  # noqa: S104  # a container
+
+
+def make_secrets(files: list[str]) -> int:
+    """A random password in each file that is not there yet."""
+    for path in map(Path, files):
+        if path.is_file() and path.stat().st_size:
+            continue
+        part = path.with_name(f".{path.name}.part")
+        try:
+            part.write_text(secrets.token_hex(24), encoding="ascii")
+            part.chmod(0o444)  # its readers run under other users; who may read it is who mounts the volume
+            part.replace(path)
+        except OSError as err:
+            sys.stderr.write(f"error: cannot write {path} ({err.strerror}); its volume must be writable\n")
+            return 1
+    return 0
 
 
 def bring_code() -> None:

@@ -18,9 +18,10 @@ from monitoring.generate import generated
 from serving.gateway.metrics import Metrics
 from serving.gateway.schema import ROUTES
 from serving.gateway.settings import Settings
-from tests.conftest import ROOT
+from serving.model_server.flags import parse
+from tests.conftest import ROOT, clean_environment
 
-OVERLAYS = ("overlays/local", "overlays/production", "overlays/kserve", "jobs/training")
+OVERLAYS = ("overlays/local", "overlays/embedded", "overlays/production", "overlays/kserve", "jobs/training")
 OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()  # 1.30 is the first with preStop's sleep on
 OPERATOR_KINDS = {"ServiceMonitor", "PodMonitor", "PrometheusRule"}
 NO_SCHEMA = {*OPERATOR_KINDS, "InferenceService"}
@@ -288,6 +289,16 @@ def test_grpc_goes_round_the_pods(production: list[Resource]) -> None:
     assert gateway_settings(production).upstream == "dns:///model-server:8500"
 
 
+def test_both_model_servers_take_the_same_flags(built: dict[str, list[Resource]]) -> None:
+    """Ours is started with TensorFlow Serving's flags, all of which it knows."""
+    for overlay in ("overlays/local", "overlays/embedded"):
+        (container,) = named(built[overlay], "Deployment", "model-server")["spec"]["template"]["spec"]["containers"]
+        flags = parse(container["args"])
+        assert (flags.port, flags.rest_api_port) == (8500, 8501)
+        assert flags.model_config_file == "/models/models.config"
+    assert container["image"].startswith("digits-model-server:")
+
+
 def gateway_settings(resources: list[Resource]) -> Settings:
     config = next(
         r["data"] for r in resources if r["kind"] == "ConfigMap" and r["metadata"]["name"].startswith("gateway-")
@@ -373,6 +384,7 @@ print(json.dumps(configuration.job_manifest))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(ROOT / "k8s" / "base" / "job-template.json")],
+        env=clean_environment(PREFECT_API_URL="http://127.0.0.1:9/api"),  # nothing is asked; without it a server starts
         capture_output=True, text=True, check=False, timeout=HANG_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -25,7 +25,16 @@ from tests.stack.conftest import free_ports
 HANG_S = 1500  # a hang's limit, not a claim about speed
 IMAGES = ("gateway", "model-server", "pipeline")
 BASE = "python:3.11-slim-bookworm"
-SERVICES = ("gateway", "model-server", "pipeline", "prometheus")
+SERVICES = ("postgres", "prefect-server", "pipeline", "model-server", "gateway", "pipeline-metrics", "prometheus")
+"""Those with a health check. Left out: Grafana, whose dashboards' queries are tried in tests/monitoring."""
+
+UP = ("up", "--detach", *SERVICES, "alertmanager")
+
+PORTS = {
+    "gateway": {"8080/tcp", "50051/tcp"},
+    "prefect-server": {"4200/tcp"},
+    "prometheus": {"9090/tcp"},
+}
 
 pytestmark = pytest.mark.timeout(HANG_S)
 
@@ -44,7 +53,7 @@ class Compose:
         self.folder = folder
         self.name = f"digits-test-{os.getpid()}"
         self.tag = self.name
-        rest, grpc, prometheus = free_ports(3)
+        rest, grpc, prometheus, prefect, alertmanager = free_ports(5)
         self.rest_url, self.grpc_address = f"http://127.0.0.1:{rest}", f"127.0.0.1:{grpc}"
         self.prometheus_url = f"http://127.0.0.1:{prometheus}"
         revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -54,6 +63,8 @@ class Compose:
             DIGITS_REST_PORT=str(rest),
             DIGITS_GRPC_PORT=str(grpc),
             DIGITS_PROMETHEUS_PORT=str(prometheus),
+            DIGITS_PREFECT_PORT=str(prefect),
+            DIGITS_ALERTMANAGER_PORT=str(alertmanager),
             REVISION=self.revision,
         )
         second = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode == 0
@@ -165,6 +176,9 @@ def test_images_run_as_nobody_special_and_say_what_they_are(compose: Compose, na
         ("gateway", ["--env", "DIGITS_UPSTREAM=nowhere"], [], "DIGITS_UPSTREAM='nowhere'"),
         ("model-server", [], ["--no_such_flag"], "--no_such_flag"),
         ("pipeline", ["--user", "12345"], ["release"], "must be writable for user 12345"),
+        ("pipeline", ["--user", "12345"], ["make-secrets", "/run/secrets/digits/a"], "must be writable"),
+        ("pipeline", ["--env", "PREFECT_SERVER_DATABASE_PASSWORD_FILE=/run/none"], ["prefect-server"], "/run/none"),
+        ("model-server", [], ["--model_config_file=/models/none.config"], "/models/none.config"),
         ("pipeline", [], ["schedule", "--cron", "sometimes"], "cron"),
     ],
 )
@@ -182,7 +196,7 @@ def test_a_bad_configuration_is_one_line_and_an_exit_code(
 
 def test_the_first_up_on_empty_volumes_ends_in_answers_over_both_protocols(compose: Compose) -> None:
     """`up` fetches, trains, publishes and serves without a hand."""
-    compose("up", "--detach")
+    compose(*UP)
     for service in SERVICES:
         compose.wait_until_healthy(service)
     with RestClient(compose.rest_url) as rest, GrpcClient(compose.grpc_address) as grpc:
@@ -192,12 +206,11 @@ def test_the_first_up_on_empty_volumes_ends_in_answers_over_both_protocols(compo
 
 
 def test_only_the_ports_people_need_are_open_and_only_on_this_machine(compose: Compose) -> None:
-    """The gateway's two and Prometheus' page; the model server's stay inside."""
+    """The gateway's two and the pages of Prefect and Prometheus; the others stay inside."""
     for service in SERVICES:
         bindings = compose.state(service)["NetworkSettings"]["Ports"] or {}
         open_ports = {port: hosts for port, hosts in bindings.items() if hosts}
-        expected = {"gateway": {"8080/tcp", "50051/tcp"}, "prometheus": {"9090/tcp"}}.get(service, set())
-        assert set(open_ports) == expected
+        assert set(open_ports) == PORTS.get(service, set())
         assert all(host["HostIp"] == "127.0.0.1" for hosts in open_ports.values() for host in hosts)
 
 
@@ -228,6 +241,34 @@ def test_prometheus_sees_the_gateway_and_its_rules_are_well(compose: Compose) ->
     assert not [rule for group in groups for rule in group["rules"] if rule["health"] == "err"]
 
 
+def test_prometheus_sees_every_part(compose: Compose) -> None:
+    """Both servers, the pipelines' exporter with ledger and Prefect, Prefect itself, Prometheus."""
+    wanted = {"gateway", "model-server", "pipeline", "prefect", "prometheus"}
+    deadline = time.monotonic() + 120
+    while True:
+        up = {series["metric"]["job"]: series["value"][1] for series in query(compose, "up")}
+        if up == dict.fromkeys(wanted, "1"):
+            break
+        assert time.monotonic() < deadline, up
+        time.sleep(1)
+    for metric in ("digits_ledger_up", "digits_prefect_up", "digits_promoted_version"):
+        (series,) = query(compose, metric)
+        assert series["value"][1] == "1", metric
+
+
+def query(compose: Compose, expression: str) -> list[dict[str, Any]]:
+    answer = httpx.get(f"{compose.prometheus_url}/api/v1/query", params={"query": expression}, timeout=10)
+    return answer.json()["data"]["result"]
+
+
+def test_no_password_is_in_an_environment_or_an_image(compose: Compose) -> None:
+    """It is a file, of which only the readers know the place."""
+    word = compose("exec", "-T", "postgres", "cat", "/run/secrets/digits/postgres_password").stdout.strip()
+    assert len(word) == 48
+    for service in SERVICES:
+        assert word not in json.dumps(compose.state(service)["Config"])
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_killed_service_comes_back(compose: Compose, service: str) -> None:
     """A kill -9 of the whole container; Docker starts it again, and answers come as before."""
@@ -252,7 +293,7 @@ def test_a_stopped_stack_ends_in_order_and_starts_again_from_its_volumes(compose
     compose("stop", "--timeout", "60")
     codes = {service: compose.state(service)["State"]["ExitCode"] for service in SERVICES}
     assert codes == dict.fromkeys(SERVICES, 0)
-    compose("up", "--detach")
+    compose(*UP)
     compose.wait_until_healthy("gateway")
     with GrpcClient(compose.grpc_address) as grpc:
         assert grpc.classify(seven()).model_version == "1"
