@@ -39,7 +39,10 @@ CONNECTION_WINDOW: Final = 16 * 1024 * 1024
 MAX_WINDOW: Final = 2**31 - 1
 
 MAX_STRIKES: Final = 2000
-"""Resets, pings, settings and empty frames that a connection may send in a second."""
+"""Resets, pings, settings, empty frames and small window updates that a connection may send in a second."""
+
+SMALL_UPDATE: Final = 16
+"""Bytes; clients that want an answer ask for more at a time."""
 
 KEEPALIVE_S: Final = 60.0
 """A connection that is silent for so long is asked whether anyone is there, and closed ``KEEPALIVE_GRACE_S`` later."""
@@ -372,7 +375,12 @@ class Connection(asyncio.Protocol):
         more = int.from_bytes(payload) & MAX_WINDOW
         if len(payload) != 4:
             raise Broken(FRAME_SIZE_ERROR, "a window update has 4 bytes")
+        if more < SMALL_UPDATE:
+            self._strike()
+        helped: list[Stream] = []
         if not sid:
+            # Only what this update can help: a peer may park a thousand answers and send updates all day.
+            helped = list(self._parked) if self._window_out <= 0 else []
             self._window_out += more
             if not more or self._window_out > MAX_WINDOW:
                 raise Broken(PROTOCOL_ERROR if not more else FLOW_CONTROL_ERROR, "a window update out of range")
@@ -380,11 +388,11 @@ class Connection(asyncio.Protocol):
             self._stray(sid)
             return
         else:
+            helped = [stream]
             stream.window_out += more
             if not more or stream.window_out > MAX_WINDOW:
                 raise Broken(PROTOCOL_ERROR if not more else FLOW_CONTROL_ERROR, "a window update out of range")
-        if self._parked:
-            self._pump()
+        self._pump(helped)
 
     def _settings(self, flags: int, sid: int, payload: bytes) -> None:
         if sid:
@@ -408,7 +416,7 @@ class Connection(asyncio.Protocol):
         self._settled = True
         self.write(frame(SETTINGS, ACK, 0, b""))
         if self._parked:
-            self._pump()
+            self._pump(list(self._parked))
 
     def _ping(self, flags: int, payload: bytes) -> None:
         if not flags & ACK:
@@ -452,7 +460,7 @@ class Connection(asyncio.Protocol):
             stream.parked = deque()
         stream.parked.append((payload, after))
         self._parked[stream] = None
-        self._pump()
+        self._pump([stream])
 
     async def drained(self, stream: Stream) -> None:
         """Wait until the peer takes more of this stream."""
@@ -474,8 +482,8 @@ class Connection(asyncio.Protocol):
         """End a stream without an answer."""
         self.write(frame(RST_STREAM, 0, sid, struct.pack(">I", code)))
 
-    def _pump(self) -> None:
-        for stream in list(self._parked):
+    def _pump(self, streams: "list[Stream]") -> None:
+        for stream in streams:
             parked = stream.parked
             while parked:
                 payload, after = parked[0]
@@ -490,7 +498,7 @@ class Connection(asyncio.Protocol):
                 stream.window_out -= len(payload)
                 self._window_out -= len(payload)
                 self.write(_HEAD.pack(0, len(payload), DATA, 0, stream.sid) + payload + after)
-            if not parked:
+            if parked is not None and not parked:
                 stream.parked = None
                 self._parked.pop(stream, None)
                 _wake(stream)
