@@ -44,6 +44,15 @@ stack-test: env ## the container stack end to end; needs Docker
 bench: env ## side-by-side benchmarks
 	@python -m benchmarks $(ARGS)
 
+PEERS := fastapi litserve bentoml mlserver ray
+
+.PHONY: bench-peers
+bench-peers: env $(PEERS:%=.peers/%/.lock) ## other servers of the same model, each in an environment of its own, beside ours
+	@python -m benchmarks peers $(ARGS)
+
+.peers/%/.lock: benchmarks/peers/%.txt
+	@requirements/install $(PYTHON) .peers/$* $<
+
 .PHONY: generated
 generated: env ## write what is made from other files: the cluster's alert rules, the dashboards
 	@python -m monitoring.generate

@@ -31,6 +31,10 @@ CONNECTIONS = 64
 SERVER_CORE, LOAD_CORE = "0", "1"
 
 
+class NotAllGood(Exception):
+    """What was loaded answered something else than 2xx."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One thing to load: where, with what body, and against which other variant it is judged."""
@@ -41,14 +45,13 @@ class Variant:
     headers: tuple[str, ...]
     grpc: bool = False
     baseline: str | None = None
+    streams: int = CONNECTIONS
+    """Calls in flight over gRPC."""
 
 
 def run(seconds: float, repeats: int) -> None:
     """Prints the table. Needs h2load (Debian: nghttp2-client) and a published model (`make run` once)."""
-    if shutil.which("h2load") is None:
-        sys.exit("expected h2load on PATH; found none. Install Debian's nghttp2-client")
-    if not any(p.name.isdecimal() for p in (ROOT / "models" / MODEL_NAME).glob("*")):
-        sys.exit(f"expected a published model under models/{MODEL_NAME}; found none. Run `make run` once")
+    check_ready()
     console = Console()
     with contextlib.ExitStack() as stack:
         variants, gateway_pid, cold_start_s = start_everything(stack)
@@ -74,18 +77,32 @@ def run(seconds: float, repeats: int) -> None:
     )
 
 
-def start_everything(stack: contextlib.ExitStack) -> tuple[list[Variant], int, float]:
-    """Starts the servers; gives the variants, the gateway's process id and its seconds from start to ready."""
-    bare, aio, threads, rest, rpc, upstream, upstream_rest = (free_port() for _ in range(7))
+def check_ready() -> None:
+    """Ends the program where a benchmark cannot run, and says what is missing."""
+    if shutil.which("h2load") is None:
+        sys.exit("expected h2load on PATH; found none. Install Debian's nghttp2-client")
+    if newest_version() is None:
+        sys.exit(f"expected a published model under models/{MODEL_NAME}; found none. Run `make run` once")
+
+
+def newest_version() -> Path | None:
+    """The folder of the highest version."""
+    versions = [path for path in (ROOT / "models" / MODEL_NAME).glob("*") if path.name.isdecimal()]
+    return max(versions, key=lambda path: int(path.name), default=None)
+
+
+def start_everything(stack: contextlib.ExitStack, *, bare: bool = True) -> tuple[list[Variant], int, float]:
+    """Starts the servers; gives the variants, the gateway's process id and its seconds from start to ready.
+
+    Without ``bare`` the handlers that do nothing are not started, and their variants must not be loaded.
+    """
+    empty, aio, threads, rest, rpc, upstream, upstream_rest = (free_port() for _ in range(7))
     models = ROOT / "models" / MODEL_NAME
     server = [sys.executable, "-m", "serving.model_server", f"--port={upstream}", f"--rest_api_port={upstream_rest}"]
     stack.enter_context(process([*server, f"--model_name={MODEL_NAME}", f"--model_base_path={models}"], LOAD_CORE))
-    uvicorn = [sys.executable, "-m", "uvicorn", "benchmarks.bare:app", f"--port={bare}", "--loop=uvloop"]
-    stack.enter_context(process([*uvicorn, "--http=httptools", "--no-access-log", "--log-level=error"], SERVER_CORE))
-    stack.enter_context(process([sys.executable, "-m", "benchmarks.bare", "grpc-aio", str(aio)], SERVER_CORE))
-    stack.enter_context(process([sys.executable, "-m", "benchmarks.bare", "grpc-threads", str(threads)], SERVER_CORE))
-    for port in (bare, aio, threads, upstream):
-        wait_for_port(port, limit_s=120)
+    if bare:
+        start_bare(stack, empty, aio, threads)
+    wait_for_port(upstream, limit_s=120)
     wait_for_model(f"127.0.0.1:{upstream_rest}")
     started = time.perf_counter()
     gateway = stack.enter_context(
@@ -109,7 +126,7 @@ def start_everything(stack: contextlib.ExitStack) -> tuple[list[Variant], int, f
     bare_http, bare_aio, bare_threads = "bare ASGI on uvicorn", "empty gRPC handler, aio", "empty gRPC handler, threads"
     direct = "model server, gRPC Predict"
     variants = [
-        Variant(bare_http, f"http://127.0.0.1:{bare}/", pixels, octets),
+        Variant(bare_http, f"http://127.0.0.1:{empty}/", pixels, octets),
         Variant("gateway REST, raw 784 bytes", call, pixels, octets, baseline=bare_http),
         Variant("gateway REST, PNG", call, picture, png, baseline=bare_http),
         Variant(bare_aio, f"http://127.0.0.1:{aio}{classify}", message, (), grpc=True),
@@ -121,6 +138,16 @@ def start_everything(stack: contextlib.ExitStack) -> tuple[list[Variant], int, f
     return variants, gateway.pid, cold_start_s
 
 
+def start_bare(stack: contextlib.ExitStack, http: int, aio: int, threads: int) -> None:
+    """The handlers that do nothing, on the core of what is compared with them."""
+    uvicorn = [sys.executable, "-m", "uvicorn", "benchmarks.bare:app", f"--port={http}", "--loop=uvloop"]
+    stack.enter_context(process([*uvicorn, "--http=httptools", "--no-access-log", "--log-level=error"], SERVER_CORE))
+    stack.enter_context(process([sys.executable, "-m", "benchmarks.bare", "grpc-aio", str(aio)], SERVER_CORE))
+    stack.enter_context(process([sys.executable, "-m", "benchmarks.bare", "grpc-threads", str(threads)], SERVER_CORE))
+    for port in (http, aio, threads):
+        wait_for_port(port, limit_s=120)
+
+
 def requests_per_second(variant: Variant, seconds: float) -> float:
     """h2load's rate for ``seconds``; ends the benchmark if any answer was an error."""
     with tempfile.NamedTemporaryFile() as body:
@@ -128,8 +155,8 @@ def requests_per_second(variant: Variant, seconds: float) -> float:
         body.flush()
         command = ["taskset", "-c", LOAD_CORE, "h2load", f"--duration={seconds:g}", f"--data={body.name}"]
         if variant.grpc:  # one connection a client, as gRPC does, with the calls as its streams
-            headers = ("content-type: application/grpc", "te: trailers")
-            command += ["--clients=4", f"--max-concurrent-streams={CONNECTIONS // 4}"]
+            headers = ("content-type: application/grpc", "te: trailers", *variant.headers)
+            command += ["--clients=4", f"--max-concurrent-streams={max(1, variant.streams // 4)}"]
         else:
             headers = variant.headers
             command += ["--h1", f"--clients={CONNECTIONS}"]
@@ -139,7 +166,7 @@ def requests_per_second(variant: Variant, seconds: float) -> float:
     rate = re.search(r"finished in [\d.]+m?s, ([\d.]+) req/s", output)
     codes = re.search(r"status codes: (\d+) 2xx, (\d+) 3xx, (\d+) 4xx, (\d+) 5xx", output)
     if rate is None or codes is None or any(int(code) for code in codes.groups()[1:]):
-        sys.exit(f"{variant.name}: expected only 2xx answers; h2load printed:\n{output}")
+        raise NotAllGood(f"{variant.name}: expected only 2xx answers; h2load printed:\n{output}")
     return float(rate.group(1))
 
 
@@ -225,7 +252,7 @@ def classify_request(pixels: bytes) -> bytes:
     return digits_pb2.ClassifyRequest(image=pixels).SerializeToString()
 
 
-def predict_request(pixels: bytes) -> bytes:
+def predict_request(pixels: bytes, count: int = 1) -> bytes:
     from serving.protos import upstream_pb2
 
     request = upstream_pb2.PredictRequest()
@@ -233,7 +260,7 @@ def predict_request(pixels: bytes) -> bytes:
     request.model_spec.signature_name = SIGNATURE
     tensor = request.inputs["images"]
     tensor.dtype = 4  # DT_UINT8
-    for size in (1, 28, 28):
+    for size in (count, 28, 28):
         tensor.tensor_shape.dim.add(size=size)
     tensor.tensor_content = pixels
     return request.SerializeToString()

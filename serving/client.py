@@ -1,6 +1,7 @@
 """Client of the gateway, for Python and the command line: ``python -m serving.client classify seven.png [--grpc]``."""
 
 import os
+import ssl
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,9 @@ DEFAULT_URL: Final = "http://127.0.0.1:8080"
 DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
 PARALLEL: Final = 8
 """Files that the command line sends at once."""
+
+LONGEST_PAUSE_S: Final = 30.0
+"""A gateway that wants to be left alone for longer is not waited for."""
 
 
 class Reading(NamedTuple):
@@ -87,14 +91,32 @@ class RestClient(_Client):
     """Speaks REST. May be used from several threads.
 
     Args:
-        url: Address of the gateway, such as ``http://localhost:8080``.
+        url: Address of the gateway, such as ``http://localhost:8080`` or ``https://digits.example``.
         timeout_s: Longest wait for one answer.
         attempts: Tries in all.
+        api_key: Sent with each request, where the gateway asks for one.
+        ca: File of authorities, PEM, that may have signed the gateway's certificate; the system's if None.
+        cert: Certificate chain, PEM, to show the gateway (mutual TLS).
+        key: Its private key, PEM.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, *, timeout_s: float = 10.0, attempts: int = 5) -> None:
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout_s: float = 10.0,
+        attempts: int = 5,
+        api_key: str = "",
+        ca: Path | None = None,
+        cert: Path | None = None,
+        key: Path | None = None,
+    ) -> None:
         super().__init__(timeout_s, attempts)
-        self._http = httpx.Client(base_url=url, timeout=timeout_s)
+        context = ssl.create_default_context(cafile=ca)
+        if cert is not None:
+            context.load_cert_chain(cert, key)
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(base_url=url, timeout=timeout_s, headers=headers, verify=context)
 
     def close(self) -> None:
         """Close connections."""
@@ -121,7 +143,7 @@ class RestClient(_Client):
             code, message = found["error"]["code"], found["error"]["message"]
         except (orjson.JSONDecodeError, KeyError, TypeError) as err:
             raise GatewayError(f"{url} answered {answer.status_code}, and not as a gateway does: is it one?") from err
-        raise _error(code, message, float(answer.headers.get("retry-after", 1)))
+        raise _error(code, message, float(answer.headers.get("retry-after", 0)))
 
 
 class GrpcClient(_Client):
@@ -131,12 +153,33 @@ class GrpcClient(_Client):
         address: ``host:port`` of the gateway's gRPC port.
         timeout_s: Deadline of one call.
         attempts: Tries in all.
+        api_key: Sent with each call, where the gateway asks for one.
+        tls: Speak TLS; so it does too where ``ca`` or ``cert`` is given.
+        ca: File of authorities, PEM, that may have signed the gateway's certificate; the system's if None.
+        cert: Certificate chain, PEM, to show the gateway (mutual TLS).
+        key: Its private key, PEM.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float = 10.0, attempts: int = 5) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = 10.0,
+        attempts: int = 5,
+        api_key: str = "",
+        tls: bool = False,
+        ca: Path | None = None,
+        cert: Path | None = None,
+        key: Path | None = None,
+    ) -> None:
         super().__init__(timeout_s, attempts)
         self._address = address
-        self._channel = grpc.insecure_channel(address)
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        if tls or ca is not None or cert is not None:
+            files = [file.read_bytes() if file else None for file in (ca, key, cert)]
+            self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(*files))
+        else:
+            self._channel = grpc.insecure_channel(address)
         self._stub = digits_pb2_grpc.DigitsStub(self._channel)
 
     def close(self) -> None:
@@ -145,7 +188,8 @@ class GrpcClient(_Client):
 
     def _classify_once(self, picture: bytes) -> Reading:
         try:
-            found = self._stub.Classify(pb.ClassifyRequest(image=picture), timeout=self._timeout_s)
+            request = pb.ClassifyRequest(image=picture)
+            found = self._stub.Classify(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as err:
             raise _rpc_error(err, self._address) from err
         return Reading(found.digit, found.confidence, tuple(found.probabilities), found.model_version, found.request_id)
@@ -166,25 +210,27 @@ _BY_STATUS: Final[dict[grpc.StatusCode, type[DigitsError]]] = {
 
 def _error(code: str, message: str, retry_after_s: float) -> DigitsError:
     kind = _BY_CODE.get(code, GatewayError)
-    return Overloaded(message, retry_after_s) if kind is Overloaded else kind(message)
+    if issubclass(kind, Overloaded | ModelUnavailable):
+        return kind(message, retry_after_s)
+    return kind(message)
 
 
 def _rpc_error(err: grpc.RpcError, address: str) -> DigitsError:
     details = err.details() or err.code().name
     trailers = dict(err.trailing_metadata() or ())
     if "x-error-code" in trailers:
-        retry_after_s = float(trailers.get("grpc-retry-pushback-ms", 1000)) / 1000
+        retry_after_s = float(trailers.get("grpc-retry-pushback-ms", 0)) / 1000
         return _error(trailers["x-error-code"], details, retry_after_s)
     # Not the gateway's own word but its gRPC library's, or this side's.
-    if err.code() is grpc.StatusCode.UNAVAILABLE:
+    if err.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):  # the latter from one that is stopping
         return GatewayUnreachable(f"the gateway at {address} cannot be reached: {details}")
     return _BY_STATUS.get(err.code(), GatewayError)(details)
 
 
 def _worth_another_try(err: Exception) -> bool | float:
-    if isinstance(err, Overloaded):
-        return err.retry_after_s
-    return isinstance(err, ModelUnavailable | UpstreamTimeout)
+    if isinstance(err, Overloaded | ModelUnavailable) and err.retry_after_s:
+        return err.retry_after_s if err.retry_after_s <= LONGEST_PAUSE_S else False
+    return isinstance(err, Overloaded | ModelUnavailable | UpstreamTimeout)
 
 
 # --- the command line ---
@@ -199,31 +245,51 @@ def _root() -> None:
 
 @app.command()
 def classify(
-    files: Annotated[list[Path], typer.Argument(help="Pictures of one digit each, or raw files of 784 bytes.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Pictures of one digit each, raw files of 784 bytes, or folders of such files.")
+    ],
     use_grpc: Annotated[bool, typer.Option("--grpc", help="Speak gRPC instead of REST.")] = False,
     url: Annotated[str, typer.Option(envvar="DIGITS_URL", help="Address of REST.")] = DEFAULT_URL,
     address: Annotated[str, typer.Option(envvar="DIGITS_ADDRESS", help="host:port of gRPC.")] = DEFAULT_ADDRESS,
     timeout_s: Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds for one answer.")] = 10.0,
     attempts: Annotated[int, typer.Option(min=1, help="Tries for each file when the service is busy or away.")] = 5,
+    parallel: Annotated[int, typer.Option(min=1, max=256, help="Files sent at once.")] = PARALLEL,
+    api_key: Annotated[
+        str, typer.Option(envvar="DIGITS_API_KEY", help="Better set as a variable: others see a command line.")
+    ] = "",
+    tls: Annotated[bool, typer.Option("--tls", help="gRPC over TLS; for REST the address says https.")] = False,
+    ca: Annotated[Path | None, typer.Option(exists=True, help="Authorities to trust, PEM; else the system's.")] = None,
+    cert: Annotated[Path | None, typer.Option(exists=True, help="Certificate to show, PEM (mutual TLS).")] = None,
+    key: Annotated[Path | None, typer.Option(exists=True, help="The certificate's private key, PEM.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Read the digit in each picture. Exits with 1 if any could not be read."""
+    files = [file for name in files for file in _files_in(name)]
     failed = 0
     stamina.instrumentation.set_on_retry_hooks([])  # they log to standard output, where the answers go
     with ExitStack() as stack:
         client: _Client = stack.enter_context(
-            GrpcClient(address, timeout_s=timeout_s, attempts=attempts)
+            GrpcClient(
+                address, timeout_s=timeout_s, attempts=attempts, api_key=api_key, tls=tls, ca=ca, cert=cert, key=key
+            )
             if use_grpc
-            else RestClient(url, timeout_s=timeout_s, attempts=attempts)
+            else RestClient(url, timeout_s=timeout_s, attempts=attempts, api_key=api_key, ca=ca, cert=cert, key=key)
         )
-        for file, found in _with_progress(_read_all(client, files), len(files)):
+        for file, found in _with_progress(_read_all(client, files, parallel), len(files)):
             failed += isinstance(found, DigitsError)
             _show(file, found, as_json=as_json)
     if failed:
         raise typer.Exit(1)
 
 
-def _read_all(client: _Client, files: list[Path]) -> Iterator[tuple[Path, Reading | DigitsError]]:
+def _files_in(path: Path) -> list[Path]:
+    """The file itself, or the files right in a folder by their names; hidden ones are left out."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+
+
+def _read_all(client: _Client, files: list[Path], parallel: int) -> Iterator[tuple[Path, Reading | DigitsError]]:
     """Answers in the order of the files, several of them under way at once."""
 
     def read(file: Path) -> Reading | DigitsError:
@@ -234,7 +300,7 @@ def _read_all(client: _Client, files: list[Path]) -> Iterator[tuple[Path, Readin
         except DigitsError as err:
             return err
 
-    with ThreadPoolExecutor(PARALLEL) as pool:
+    with ThreadPoolExecutor(parallel) as pool:
         yield from zip(files, pool.map(read, files), strict=True)
 
 

@@ -16,6 +16,9 @@ from training.validation.quarantine import choose_pictures, draw_contact_sheet, 
 from training.validation.report import build_metrics, build_report, findings_table, render_markdown
 from training.workspace import Split, Workspace, whole_file, write_json
 
+_ROWS_SHOWN = 20
+"""At most so many rows in the report, of each reason as many as of any other while there are."""
+
 
 class DataNotValid(DigitsError):
     """The raw data can be read but are not as params.yaml says they must be."""
@@ -45,7 +48,7 @@ def validate(workspace: Workspace, params: Params, console: Console) -> None:
     write_quarantine(out / "quarantine.csv", listed)
     draw_contact_sheet(out / "contact_sheet.png", splits, choose_pictures(listed, results.offences), len(listed))
     write_json(out / "metrics.json", build_metrics(frames, results, listed))
-    report = build_report(frames, results, listed)
+    report = build_report(frames, results, listed, choose_pictures(listed, results.offences, _ROWS_SHOWN))
     with whole_file(out / "report.md") as part:
         part.write_text(render_markdown(report), encoding="utf-8")
     write_json(out / "report.json", report)

@@ -24,7 +24,7 @@ from pipelines.flows.hooks import settings_of, tell_webhook
 from pipelines.flows.steps import say, terminal, watch
 from pipelines.locks import only_one
 from pipelines.scoring.job import Job, Profile, Tally, finish, plan, profile_shard, require_plausible, score_shard
-from pipelines.scoring.scorers import GATEWAY, ScorerUnavailable, spec_of
+from pipelines.scoring.scorers import GATEWAY, ScorerUnavailable, require_answer, spec_of
 from pipelines.task_runners import TaskRunnerOfSettings
 from pipelines.text import duration
 
@@ -114,6 +114,7 @@ def score(
         todo = sum(stop - start for start, stop in map(job.bounds, missing))
         kept = f", {job.rows - todo:,} of them scored before" if todo < job.rows else ""
         say(f"▸ score       {job.rows:,} rows in {len(job.shards):,} shards{kept}; through {spec.through} {spec.where}")
+        require_answer(spec)
         _look(job, missing, show)
         _score(job, missing, todo, show)
         tally = finish(job, target)

@@ -5,12 +5,15 @@ import re
 import time
 from typing import Final
 
+from serving.gateway.auth import Guard
 from serving.gateway.logs import Logs
 from serving.gateway.metrics import Metrics
 from serving.gateway.pictures import Pictures
 from serving.gateway.predictor import Answer, Predictor
 from serving.gateway.settings import Settings
+from serving.gateway.tls import upstream_credentials
 from serving.gateway.upstream import Upstream
+from serving.gateway.worker import Control
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+/=@-]{0,127}")
 
@@ -21,6 +24,9 @@ class Gateway:
     Args:
         settings: What the operator set.
         logs: Where lines go.
+
+    Raises:
+        BadSettings: A file that the settings name cannot be used.
     """
 
     def __init__(self, settings: Settings, logs: Logs) -> None:
@@ -28,8 +34,20 @@ class Gateway:
         self.logs = logs
         self.log = logs.log
         self.draining = False
+        """Connections are asked to leave with their next answer."""
+        self.replaced = False
+        """Another worker has taken over: balancers need not know that this one goes."""
+        self.control: Control | None = None
+        """The line to the supervisor, if this is one of several workers."""
         self.metrics = Metrics(settings.unsure_below)
-        self.upstream = Upstream(settings.upstream, self.metrics, settings.status_poll_s, settings.model_label)
+        self.guard = Guard.of(settings, self.metrics)
+        self.upstream = Upstream(
+            settings.upstream,
+            self.metrics,
+            settings.status_poll_s,
+            settings.model_label,
+            upstream_credentials(settings),
+        )
         self.pictures = Pictures(self.metrics, settings.decode_threads, settings.max_waiting_decodes)
         self.predictor = Predictor(
             self.upstream.predict,
@@ -37,6 +55,7 @@ class Gateway:
             max_batch=settings.max_batch_images,
             max_calls=settings.max_upstream_calls,
             max_queue=settings.max_queue_images,
+            max_wait_s=settings.max_wait_s,
         )
 
     async def classify(self, data: bytes, deadline: float) -> Answer:
@@ -56,7 +75,7 @@ class Gateway:
 
     def why_not_ready(self) -> str:
         """Empty when requests can be answered."""
-        if self.draining:
+        if self.draining and not self.replaced:
             return "this gateway is shutting down"
         return "" if self.upstream.availability.ready else self.upstream.availability.reason
 

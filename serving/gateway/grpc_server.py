@@ -2,7 +2,7 @@
 
 Takes the handlers that grpcio's own servers take (``grpc.RpcMethodHandler``), so services made for those run on it, and
 beside them *direct* methods, which are called in the loop without a task. Why there is a server of our own:
-docs/decisions/0010-own-grpc-server.md.
+docs/decisions/0015-own-grpc-server.md.
 """
 
 import asyncio
@@ -26,6 +26,9 @@ MAX_METADATA_BYTES: Final = 16 * 1024
 """Bytes of a call's headers as HTTP/2 counts them (name, value and 32)."""
 
 SWEEP_S: Final = 1.0
+
+IDLE_GRACE_S: Final = 1.0
+"""How long a drain waits for connections without calls to close by themselves."""
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
@@ -426,7 +429,11 @@ class GrpcServer:
     async def start(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         """Accept connections on a bound socket. With ``tls``, which has to offer ``h2`` by ALPN, only over it."""
         self._listener = await self.loop.create_server(
-            lambda: Connection(self, self.connections, self._handshake_s), sock=listener, ssl=tls, backlog=2048
+            lambda: Connection(self, self.connections, self._handshake_s),
+            sock=listener,
+            ssl=tls,
+            ssl_handshake_timeout=self._handshake_s if tls is not None else None,
+            backlog=2048,
         )
         self._sweeper = self.loop.create_task(self._sweep())
 
@@ -436,9 +443,13 @@ class GrpcServer:
             self._listener.close()
         for connection in list(self.connections):
             connection.drain()
-        until = time.monotonic() + grace_s
-        while self.connections and time.monotonic() < until:  # noqa: ASYNC110 - until the last of many has gone
+        now = time.monotonic()
+        until, idle_until = now + grace_s, now + min(grace_s, IDLE_GRACE_S)
+        while self.connections and now < until:
+            if now > idle_until and not any(connection.streams for connection in self.connections):
+                break  # what is left has nothing under way and does not answer
             await asyncio.sleep(0.005)
+            now = time.monotonic()
         for connection in list(self.connections):
             for call in list(connection.streams.values()):
                 call.fail(grpc.StatusCode.UNAVAILABLE, "this server is shutting down")  # type: ignore[attr-defined]

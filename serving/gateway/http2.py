@@ -49,6 +49,9 @@ KEEPALIVE_S: Final = 60.0
 
 KEEPALIVE_GRACE_S: Final = 20.0
 
+LAST_WORDS_S: Final = 5.0
+"""What was written to a connection that is being closed has to be taken within this time."""
+
 _MAX_KNOWN: Final = 256
 _HEAD: Final = struct.Struct(">BHBBI")
 _SETTING: Final = struct.Struct(">HI")
@@ -530,6 +533,7 @@ class Connection(asyncio.Protocol):
     def _close(self) -> None:
         if not self._closing:
             self._closing = True
+            self._until = time.monotonic() + LAST_WORDS_S
             self._flush()
             self.transport.close()
 
@@ -551,8 +555,9 @@ class Connection(asyncio.Protocol):
         """Once a second: time limits, keepalive, and a new allowance of frames that bring nothing."""
         self._strikes = 0
         if self._closing:
-            return
-        if (not self._settled or self._block is not None) and now > self._until:
+            if now > self._until:
+                self.transport.abort()
+        elif (not self._settled or self._block is not None) and now > self._until:
             self._break(Broken(PROTOCOL_ERROR, "too slow"))
         elif self._active:
             self._active = self._asked = False

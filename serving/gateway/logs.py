@@ -5,6 +5,7 @@ import atexit
 import logging
 import sys
 import traceback
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
@@ -26,11 +27,21 @@ FLUSH_S: Final = 0.05
 FLUSH_BYTES: Final = 64 * 1024
 
 
-class Lines:
-    """Where rendered lines go. In a running loop they are gathered for at most ``FLUSH_S``; errors go out at once."""
+SHARED_BYTES: Final = 4096
+"""What Linux writes to a pipe in one piece (PIPE_BUF), so that lines of several processes do not mix."""
 
-    def __init__(self, stream: TextIO) -> None:
+
+class Lines:
+    """Where rendered lines go. In a running loop they are gathered for at most ``FLUSH_S``; errors go out at once.
+
+    Args:
+        stream: Where to.
+        shared: Other processes write there too.
+    """
+
+    def __init__(self, stream: TextIO, *, shared: bool = False) -> None:
         self._stream = stream
+        self._shared = shared
         self._parts: list[bytes] = []
         self._bytes = 0
         self._flush_is_due = False
@@ -67,7 +78,10 @@ class Lines:
         parts, self._parts, self._bytes = self._parts, [], 0
         if not parts:
             return
-        text = b"\n".join(parts) + b"\n"
+        for piece in _pieces(parts) if self._shared else (b"\n".join(parts) + b"\n",):
+            self._write(piece)
+
+    def _write(self, text: bytes) -> None:
         try:
             if hasattr(self._stream, "buffer"):
                 self._stream.buffer.write(text)
@@ -89,13 +103,16 @@ class Logs:
         level: debug, info, warning or error.
         log_format: auto, json or text.
         stream: Where to; standard output if None.
+        shared: Other processes write there too.
     """
 
-    def __init__(self, level: str = "info", log_format: str = "auto", stream: TextIO | None = None) -> None:
+    def __init__(
+        self, level: str = "info", log_format: str = "auto", stream: TextIO | None = None, *, shared: bool = False
+    ) -> None:
         stream = stream or sys.stdout
         self._as_text = log_format == "text" or (log_format == "auto" and stream.isatty())
         self._level = logging.getLevelNamesMapping()[level.upper()]
-        self._lines = Lines(stream)
+        self._lines = Lines(stream, shared=shared)
         processors: list[Processor] = [structlog.processors.add_log_level]
         if self._as_text:
             processors += [
@@ -143,6 +160,17 @@ class _Forward(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         write = self._log.error if record.levelno >= logging.ERROR else self._log.warning
         write("library", logger=record.name, message=record.getMessage(), exc_info=record.exc_info)
+
+
+def _pieces(lines: list[bytes]) -> Iterator[bytes]:
+    """Whole lines in pieces of at most ``SHARED_BYTES``, but for a line that is longer."""
+    piece = b""
+    for line in lines:
+        if piece and len(piece) + len(line) >= SHARED_BYTES:
+            yield piece
+            piece = b""
+        piece += line + b"\n"
+    yield piece
 
 
 def _json(_: WrappedLogger, __: str, event: EventDict) -> bytes:

@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.exposition import choose_encoder
 
 from digits import contract
+from serving.gateway.totals import Family, Totals, snapshot_of
 
 VERSION: Final = "0.1.0"
 
@@ -89,7 +90,14 @@ class Metrics:
         self._queue_wait_s = self._histogram(
             "digits_queue_wait_seconds", "Wait of the oldest image of each model server call.", DURATION_BUCKETS_S
         )
-        for reason in ("queue_full", "decodes_full", "passed_calls_full"):
+        for reason in (
+            "queue_full",
+            "queue_slow",
+            "decodes_full",
+            "passed_calls_full",
+            "rate_limited",
+            "connections_full",
+        ):
             self._shed.labels(reason)
 
     def request(self, protocol: str, route: str, code: str, model_version: str, duration_s: float) -> None:
@@ -155,10 +163,21 @@ class Metrics:
         """Have the number of pictures being decoded read at each scrape."""
         self._decodes.set_function(in_flight)
 
-    def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Body and content type of ``/metrics``: Prometheus' text, or OpenMetrics where ``accept`` asks for it."""
+    def snapshot(self) -> list[Family]:
+        """All metrics as plain lists, to be added to those of other workers."""
+        return snapshot_of(self.registry.collect())
+
+    def exposition(self, accept: str, totals: list[Family] | None = None) -> tuple[bytes, str]:
+        """Body and content type of ``/metrics``: Prometheus' text, or OpenMetrics where ``accept`` asks for it.
+
+        ``totals`` are shown in place of this process' own.
+        """
+        registry = self.registry
+        if totals is not None:
+            registry = CollectorRegistry()
+            registry.register(Totals(totals))
         encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        return encode(registry), content_type
 
     def _bounded(self, version: str) -> str:
         if version in self._versions or not version:

@@ -20,6 +20,7 @@ import numpy as np
 from digits import contract
 from digits.errors import DigitsError, ModelUnavailable, Overloaded, UpstreamTimeout
 from serving.gateway.metrics import Metrics
+from serving.gateway.tracing import METADATA, Metadata
 from serving.gateway.upstream import LATEST, Predictions, Version
 
 MAX_TURNS = 2
@@ -55,7 +56,7 @@ class Place:
         trial: Most of the images are no digits; their answers are not counted among the predictions.
     """
 
-    __slots__ = ("arrived", "count", "deadline", "images_u8", "over", "trial", "version")
+    __slots__ = ("arrived", "count", "deadline", "images_u8", "metadata", "over", "trial", "version")
 
     def __init__(
         self, images_u8: bytes, count: int, deadline: float, version: Version = LATEST, trial: bool = False
@@ -65,6 +66,8 @@ class Place:
         self.deadline = deadline
         self.version = version
         self.trial = trial
+        self.metadata: Metadata = ()
+        """What is to go upstream with it, of the first in a batch that brings any."""
         self.arrived = 0.0
         self.over = False
         """Answered, refused or left: nothing happens any more."""
@@ -114,7 +117,8 @@ class Predictor:
         metrics: Where waits, batches, refusals and answers are counted.
         max_batch: Most images in one upstream call; a single caller with more goes alone.
         max_calls: Most upstream calls under way at once.
-        max_queue: Most images place.
+        max_queue: Most images waiting.
+        max_wait_s: Longest wait that a call is let in for, as measured calls let expect it.
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class Predictor:
         max_batch: int = 128,
         max_calls: int = 2,
         max_queue: int = 1024,
+        max_wait_s: float = 0.25,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.queued_images = 0
@@ -140,6 +145,8 @@ class Predictor:
         self._last_call = 0.0
         self._last_count = 0
         self._ticking = False
+        self._max_wait_s = max_wait_s
+        self._call_s = 0.0
         self._images_per_s = 0.0
         self._closed = False
         metrics.watch_predictor(lambda: self.queued_images, lambda: len(self._calls))
@@ -158,6 +165,7 @@ class Predictor:
         """
         place = _Awaited(images_u8, count, deadline, version, trial)
         place.future = Waiting(self, place)
+        place.metadata = METADATA.get()
         self.enter(place)
         return place.future
 
@@ -180,11 +188,23 @@ class Predictor:
         if self.queued_images and self.queued_images + count > self._max_queue:
             self._metrics.shed("queue_full")
             raise Overloaded(f"{self.queued_images} images are waiting already; try again later", self._retry_after_s())
+        if self.queued_images >= self._max_batch:
+            self._refuse_if_too_slow(place.deadline - now)
         place.arrived = now
         self._queue[place] = None
         self.queued_images += count
         if not self._dispatch_is_due or not self._ticking:
             self._wake()
+
+    def _refuse_if_too_slow(self, remaining_s: float) -> None:
+        """Whole batches are waiting: at the pace of late, would this one's turn come soon enough to be of use?"""
+        wait_s = self.queued_images // self._max_batch * self._call_s / self._max_calls
+        if wait_s > min(remaining_s, self._max_wait_s):
+            self._metrics.shed("queue_slow")
+            raise Overloaded(
+                f"{self.queued_images} images are waiting already, {wait_s:.1f} s of work; try again later",
+                self._retry_after_s(),
+            )
 
     def leave(self, place: Place) -> None:
         """Free the place of a caller that has gone."""
@@ -256,6 +276,7 @@ class Predictor:
     async def _call(self, batch: list[Place]) -> None:
         started = time.monotonic()
         count = sum(place.count for place in batch)
+        METADATA.set(next((place.metadata for place in batch if place.metadata), ()))
         try:
             images_u8 = b"".join([place.images_u8 for place in batch])
             found = await self._predict(images_u8, count, max(place.deadline for place in batch), batch[0].version)
@@ -271,8 +292,10 @@ class Predictor:
                 raise
         finally:
             del self._calls[asyncio.current_task()]  # type: ignore[arg-type]
-            rate = count / max(time.monotonic() - started, 1e-6)
+            took_s = max(time.monotonic() - started, 1e-6)
+            rate = count / took_s
             self._images_per_s = rate if not self._images_per_s else 0.8 * self._images_per_s + 0.2 * rate
+            self._call_s = took_s if not self._call_s else 0.8 * self._call_s + 0.2 * took_s
             if self._queue:
                 self._wake()
 

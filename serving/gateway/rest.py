@@ -36,6 +36,7 @@ from serving.gateway.lean import LeanRequest, classify_body
 from serving.gateway.page_files import PageFile, read_page
 from serving.gateway.predictor import Answer
 from serving.gateway.schema import ROUTES, PassedThroughError, Route, openapi_document
+from serving.gateway.tracing import name_upstream, take_up
 from serving.gateway.upstream import GET_MODEL_METADATA, GET_MODEL_STATUS, LATEST, PassedOn, Version
 
 Scope = dict[str, Any]
@@ -154,7 +155,7 @@ class Request:
         self.fields: dict[str, object] = {}
         self.content_type = b""
         self.content_length: bytes | None = None
-        sent_id = None
+        sent_id = traceparent = None
         for name, value in scope["headers"]:
             if name == b"content-type":
                 self.content_type = value
@@ -162,7 +163,11 @@ class Request:
                 self.content_length = value
             elif name == b"x-request-id":
                 sent_id = value.decode("latin-1")
+            elif name == b"traceparent":
+                traceparent = value
         self.id = request_id_from(sent_id)
+        if traceparent is not None and (trace_id := take_up(traceparent, self.id)):
+            self.fields["trace_id"] = trace_id
 
     def header(self, wanted: bytes) -> str:
         """A header's value, or nothing."""
@@ -178,7 +183,7 @@ class RestApp:
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
-        self.lean = True
+        self.lean = gateway.guard is None
         """Whether ``lean.py`` may answer /classify. A feature that has to see every request sets it to False."""
         self._gateway = gateway
         self._settings = gateway.settings
@@ -248,11 +253,22 @@ class RestApp:
             allowed = ", ".join(sorted({*by_method, *(["HEAD"] if "GET" in by_method else [])}))
             raise MethodNotAllowed(f"this route takes {allowed}, not {request.method[:16]}", allowed)
         request.route = route
+        if self._gateway.guard is not None and route.guarded:
+            self._admit(request)
         if route.handler == "classify":
             return await self.classify(request)
         handler: Callable[[Request], Response | Awaitable[Response]] = getattr(self, route.handler)
         response = handler(request)
         return response if isinstance(response, Response) else await response
+
+    def _admit(self, request: Request) -> None:
+        """Whose key is it, and has the caller something left? Said before the body is read."""
+        guard = self._gateway.guard
+        assert guard is not None
+        client = request.scope.get("client")
+        caller = guard.admit(request.scope["headers"], client[0] if client else "")
+        if caller:
+            request.fields["caller"] = caller
 
     def _find_pattern(self, request: Request) -> dict[str, Route] | None:
         for pattern, routes in self._patterns.items():
@@ -414,9 +430,11 @@ class RestApp:
         )
         return Response(503 if reason else 200, [JSON, _NO_STORE], body)
 
-    def metrics(self, request: Request) -> Response:
-        """GET /metrics."""
-        body, content_type = self._gateway.metrics.exposition(request.header(b"accept"))
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics: of all workers, whichever of them is asked."""
+        control = self._gateway.control
+        totals = None if control is None else await control.all_metrics()
+        body, content_type = self._gateway.metrics.exposition(request.header(b"accept"), totals)
         return Response(200, [(b"content-type", content_type.encode()), _NO_STORE], body)
 
     def openapi(self, _: Request) -> Response:
@@ -462,6 +480,7 @@ class RestApp:
 
     async def _pass_on(self, request: Request, path: str, message: bytes, version: Version) -> bytes:
         deadline = request.started + self._settings.timeout_s
+        name_upstream(request.id)
         try:
             return await self._gateway.upstream.pass_on(path, message, version, deadline)
         except PassedOn as err:
@@ -542,6 +561,8 @@ class RestApp:
         headers: Headers = []
         if isinstance(err, Overloaded | ModelUnavailable) and err.retry_after_s:
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(err.retry_after_s))))
+        elif isinstance(err, Unauthenticated):
+            headers.append((b"www-authenticate", b'Bearer realm="digits"'))
         elif isinstance(err, MethodNotAllowed):
             headers.append((b"allow", err.allowed.encode()))
         return self._error_response(request, status, err.code, str(err), headers)

@@ -31,6 +31,8 @@ from serving.gateway.app import Gateway, request_id_from
 from serving.gateway.grpc_server import Call, GrpcServer, Metadata
 from serving.gateway.http2 import header
 from serving.gateway.predictor import Answer, Place
+from serving.gateway.tls import server_context
+from serving.gateway.tracing import name_upstream, take_up
 from serving.gateway.upstream import GET_MODEL_METADATA, GET_MODEL_STATUS, PREDICT, Availability, PassedOn, Version
 from serving.protos import digits_pb2 as pb
 from serving.protos import open_inference_pb2
@@ -81,7 +83,7 @@ class Calls:
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         self.in_flight = 0
-        self.direct = True
+        self.direct = gateway.guard is None
         """Whether Classify may go without a task. A feature that has to see every call sets it to False."""
         self.timeout_s = gateway.settings.timeout_s
         gateway.metrics.watch_requests("grpc", lambda: self.in_flight)
@@ -91,24 +93,35 @@ class Calls:
 
         async def call(message: bytes, context: Any) -> bytes:
             started = time.monotonic()
-            request_id = _request_id(context.invocation_metadata())
+            fields: dict[str, object] = {}
+            request_id = _request_id(context.invocation_metadata(), fields)
             self.in_flight += 1
             try:
+                if self.gateway.guard is not None:
+                    self.admit(context, fields)
                 answer, model_version = await work(message, self.deadline(context, started), request_id)
             except asyncio.CancelledError:
-                self.finished(name, grpc.StatusCode.CANCELLED, started, request_id)
+                self.finished(name, grpc.StatusCode.CANCELLED, started, request_id, **fields)
                 raise
             except Exception as err:  # noqa: BLE001 - the edge: every exception is translated once, here
                 code, error, text, more = self.translate(err, request_id)
-                self.finished(name, code, started, request_id, error=error)
+                self.finished(name, code, started, request_id, error=error, **fields)
                 await context.abort(code, text, (("x-request-id", request_id), *more))
             finally:
                 self.in_flight -= 1
             context.set_trailing_metadata((("x-request-id", request_id),))
-            self.finished(name, grpc.StatusCode.OK, started, request_id, model_version)
+            self.finished(name, grpc.StatusCode.OK, started, request_id, model_version, **fields)
             return answer
 
         return grpc.unary_unary_rpc_method_handler(call)
+
+    def admit(self, context: Any, fields: dict[str, object]) -> None:
+        """Whose key is it, and has the caller something left? The key's name goes to the log's fields."""
+        guard = self.gateway.guard
+        assert guard is not None
+        caller = guard.admit(context.invocation_metadata(), _address(context))
+        if caller:
+            fields["caller"] = caller
 
     def deadline(self, context: Any, started: float) -> float:
         """The caller's deadline, or our own where it has none: ``time.monotonic()`` seconds."""
@@ -137,6 +150,7 @@ class Calls:
         started: float,
         request_id: str,
         model_version: str = "",
+        /,
         **fields: object,
     ) -> None:
         """Count a call that has ended and write its line."""
@@ -161,7 +175,7 @@ class DigitsService:
     def classify_directly(self, call: Call, message: bytes) -> None:
         """Classify without a task, for a picture that is decoded at once."""
         gateway, calls = self._gateway, self._calls
-        request_id = _request_id(call.asked.metadata)
+        request_id = _request_id(call.asked.metadata, {})
         place = _DirectPlace(calls, call, request_id)
         try:
             image_u8 = gateway.pictures.read_at_once(_image(message)) if calls.direct else None
@@ -180,11 +194,22 @@ class DigitsService:
     async def classify_stream(self, messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         """ClassifyStream: answers in the order of the requests, several of them under way at once."""
         started = time.monotonic()
-        request_id = _request_id(context.invocation_metadata())
+        fields: dict[str, object] = {}
+        request_id = _request_id(context.invocation_metadata(), fields)
+        caller = ""
         code = grpc.StatusCode.CANCELLED
         count = 0
+        if self._gateway.guard is not None:
+            try:
+                caller = self._gateway.guard.identify(context.invocation_metadata())
+            except DigitsError as err:
+                code, error, text, more = self._calls.translate(err, request_id)
+                self._calls.finished("ClassifyStream", code, started, request_id, error=error)
+                await context.abort(code, text, (("x-request-id", request_id), *more))
+            if caller:
+                fields["caller"] = caller
         answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_WINDOW)
-        reader = asyncio.create_task(self._read_stream(messages, answers, request_id, context))
+        reader = asyncio.create_task(self._read_stream(messages, answers, request_id, context, caller))
         self._calls.in_flight += 1
         try:
             while (answer := await answers.get()) is not None:
@@ -198,16 +223,16 @@ class DigitsService:
                 if (left := answers.get_nowait()) is not None:
                     left.cancel()
             context.set_trailing_metadata((("x-request-id", request_id),))
-            self._calls.finished("ClassifyStream", code, started, request_id, messages=count)
+            self._calls.finished("ClassifyStream", code, started, request_id, messages=count, **fields)
 
     async def _read_stream(
-        self, messages: AsyncIterator[bytes], answers: "asyncio.Queue[Any]", request_id: str, context: Any
+        self, messages: AsyncIterator[bytes], answers: "asyncio.Queue[Any]", request_id: str, context: Any, caller: str
     ) -> None:
         count = 0
         try:
             async for message in messages:
                 count += 1
-                answer = asyncio.create_task(self._one_of_stream(message, f"{request_id}.{count}", context))
+                answer = asyncio.create_task(self._one_of_stream(message, f"{request_id}.{count}", context, caller))
                 try:
                     await answers.put(answer)
                 except asyncio.CancelledError:
@@ -216,8 +241,10 @@ class DigitsService:
         finally:
             await answers.put(None)
 
-    async def _one_of_stream(self, message: bytes, request_id: str, context: Any) -> bytes:
+    async def _one_of_stream(self, message: bytes, request_id: str, context: Any, caller: str) -> bytes:
         try:
+            if self._gateway.guard is not None:
+                self._gateway.guard.count(caller, _address(context))
             answer = await self._gateway.classify(_image(message), self._calls.deadline(context, time.monotonic()))
         except Exception as err:  # noqa: BLE001 - told in the stream, which goes on
             _, name, text, _ = self._calls.translate(err, request_id)
@@ -269,28 +296,29 @@ class TensorFlowService:
         self._max_calls = gateway.settings.max_passed_calls
         self._calls = 0
 
-    async def predict(self, message: bytes, deadline: float, _: str) -> tuple[bytes, str]:
+    async def predict(self, message: bytes, deadline: float, request_id: str) -> tuple[bytes, str]:
         """PredictRequest → PredictResponse."""
         version = tensorflow_api.check_predict(message, self._max_images)
-        answer = await self._pass_on(PREDICT, message, version, deadline)
+        answer = await self._pass_on(PREDICT, message, version, deadline, request_id)
         return answer, tensorflow_api.version_of(answer)
 
-    async def get_model_metadata(self, message: bytes, deadline: float, _: str) -> tuple[bytes, str]:
+    async def get_model_metadata(self, message: bytes, deadline: float, request_id: str) -> tuple[bytes, str]:
         """GetModelMetadataRequest → GetModelMetadataResponse."""
         version = tensorflow_api.check_metadata(message)
-        return await self._pass_on(GET_MODEL_METADATA, message, version, deadline), ""
+        return await self._pass_on(GET_MODEL_METADATA, message, version, deadline, request_id), ""
 
-    async def get_model_status(self, message: bytes, deadline: float, _: str) -> tuple[bytes, str]:
+    async def get_model_status(self, message: bytes, deadline: float, request_id: str) -> tuple[bytes, str]:
         """GetModelStatusRequest → GetModelStatusResponse."""
         version = tensorflow_api.check_status(message)
-        answer = await self._pass_on(GET_MODEL_STATUS, message, version, deadline)
+        answer = await self._pass_on(GET_MODEL_STATUS, message, version, deadline, request_id)
         return tensorflow_api.plain_status(answer), ""
 
-    async def _pass_on(self, path: str, message: bytes, version: Version, deadline: float) -> bytes:
+    async def _pass_on(self, path: str, message: bytes, version: Version, deadline: float, request_id: str) -> bytes:
         if self._calls >= self._max_calls:
             self._gateway.metrics.shed("passed_calls_full")
             raise Overloaded(f"{self._calls} calls are being passed on already; try again later")
         self._calls += 1
+        name_upstream(request_id)
         try:
             return await self._gateway.upstream.pass_on(path, message, version, deadline)
         finally:
@@ -401,7 +429,7 @@ class RpcServer:
         """Accept calls; health follows the model server from here on."""
         await self._set_health(self._gateway.upstream.availability)
         self._gateway.upstream.on_change(self._on_change)
-        await self._server.start(self._listener)
+        await self._server.start(self._listener, server_context(self._gateway.settings, "h2"))
 
     async def not_serving(self) -> None:
         """Tell balancers that this process is about to go."""
@@ -440,8 +468,21 @@ def _response(answer: Answer, request_id: str) -> pb.ClassifyResponse:
     )
 
 
-def _request_id(metadata: Metadata) -> str:
+def _address(context: Any) -> str:
+    """``ipv4:127.0.0.1:50000`` → ``127.0.0.1``, ``ipv6:[::1]:50000`` → ``[::1]``."""
+    peer: str = context.peer()
+    return peer.partition(":")[2].rpartition(":")[0]
+
+
+def _request_id(metadata: Metadata, fields: dict[str, object]) -> str:
+    """The call's id, its own or a new one. A trace that it belongs to is taken up and goes to the log's fields."""
+    sent_id = traceparent = None
     for name, value in metadata:
         if name == "x-request-id":
-            return request_id_from(value if isinstance(value, str) else None)
-    return request_id_from(None)
+            sent_id = value if isinstance(value, str) else None
+        elif name == "traceparent":
+            traceparent = value
+    request_id = request_id_from(sent_id)
+    if traceparent is not None and (trace_id := take_up(traceparent, request_id)):
+        fields["trace_id"] = trace_id
+    return request_id

@@ -1,27 +1,27 @@
 """REST and gRPC together in one event loop: from bound ports to a drained end."""
 
 import asyncio
+import contextlib
 import os
 import socket
-from typing import Self
+from typing import Final, Self
 
-from digits.errors import DigitsError
 from serving.gateway.app import Gateway
+from serving.gateway.listening import listen
 from serving.gateway.logs import Logs
 from serving.gateway.rest import RestApp
 from serving.gateway.rpc import RpcServer
 from serving.gateway.server import RestServer
 from serving.gateway.settings import Settings, join_host_port
+from serving.gateway.tls import server_context
+from serving.gateway.worker import Control
 
-
-class CannotListen(DigitsError):
-    """An address cannot be listened on."""
-
-    code = "cannot_listen"
+RETIRE_S: Final = 0.5
+"""A replaced worker's pause before it closes idle connections."""
 
 
 class Running:
-    """A gateway that accepts requests. Get one from ``start``, end it with ``drain``."""
+    """A gateway that accepts requests. Get one from ``start``, end it with ``drain`` or ``retire``."""
 
     def __init__(self, gateway: Gateway, rest: RestServer, rpc: RpcServer, rest_port: int) -> None:
         host = gateway.settings.host
@@ -33,31 +33,67 @@ class Running:
         self._rpc = rpc
 
     @classmethod
-    async def start(cls, settings: Settings, logs: Logs) -> Self:
+    async def start(
+        cls,
+        settings: Settings,
+        logs: Logs,
+        inherited: tuple[socket.socket, socket.socket] | None = None,
+        control: Control | None = None,
+    ) -> Self:
         """Bind both ports and accept requests.
 
+        Args:
+            settings: What the operator set.
+            logs: Where lines go.
+            inherited: The listening sockets of REST and gRPC, if this is one of several workers.
+            control: The line to the supervisor then.
+
         Raises:
+            BadSettings: A file that the settings name cannot be used.
             CannotListen: A port is taken, or the address is not one of this machine's.
         """
-        listener = _listen(settings.host, settings.rest_port, "DIGITS_REST_PORT")
-        try:
-            grpc_listener = _listen(settings.host, settings.grpc_port, "DIGITS_GRPC_PORT")
-        except CannotListen:
-            listener.close()
-            raise
-        gateway = Gateway(settings, logs)
-        rpc = RpcServer(gateway, grpc_listener)
-        running = cls(gateway, RestServer(RestApp(gateway), listener, settings), rpc, listener.getsockname()[1])
+        context = server_context(settings, "http/1.1")
+        with contextlib.ExitStack() as undo:
+            rest_listener, grpc_listener = inherited or _listen(settings, undo)
+            gateway = Gateway(settings, logs)
+            if control is not None:
+                gateway.control = control
+                control.tells(gateway.metrics.snapshot)
+            rpc = RpcServer(gateway, grpc_listener)
+            undo.pop_all()
+        rest = RestServer(RestApp(gateway), rest_listener, settings, context)
+        running = cls(gateway, rest, rpc, rest_listener.getsockname()[1])
         await rpc.start()
         gateway.upstream.watch()
-        logs.log.info(
+        if inherited is None:
+            running.say_listening()
+        return running
+
+    def say_listening(self) -> None:
+        """One line with the addresses, and one if anybody at all may use them."""
+        settings, log = self.gateway.settings, self.gateway.log
+        scheme = "https" if settings.tls_cert_file else "http"
+        log.info(
             "listening",
-            rest=f"http://{running.rest_address}",
-            grpc=running.grpc_address,
+            rest=f"{scheme}://{self.rest_address}",
+            grpc=self.grpc_address,
             upstream=settings.upstream,
             pid=os.getpid(),
         )
-        return running
+        if settings.is_open_to_all:
+            log.warning("open_to_all", host=settings.host, hint="DIGITS_API_KEYS_FILE or DIGITS_TLS_CLIENT_CA_FILE")
+
+    async def retire(self) -> None:
+        """Leave the work to another worker on the same sockets, which accepts already: balancers see nothing of it."""
+        settings = self.gateway.settings
+        self.gateway.draining = self.gateway.replaced = True
+        self._rest.stop_accepting()
+        ending = asyncio.create_task(self._rpc.stop(settings.drain_timeout_s))
+        # In this time REST connections in use are told to go with their next answer; then idle ones are closed.
+        await asyncio.sleep(RETIRE_S)
+        self._rest.should_exit = True
+        await asyncio.gather(ending, self.rest_ended)
+        await self.gateway.close()
 
     async def drain(self) -> None:
         """Readiness off; a pause in which balancers notice; no new connections; what is under way is finished."""
@@ -72,28 +108,6 @@ class Running:
         log.info("stopped")
 
 
-def _listen(host: str, port: int, variable: str) -> socket.socket:
-    """A bound socket, without SO_REUSEPORT: a port in use is to be an error."""
-    address = join_host_port(host, port)
-    try:
-        family, kind, protocol, _, where = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as err:
-        raise _cannot_listen(address, variable) from err
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(where)
-        listener.listen(2048)
-    except OSError as err:
-        listener.close()
-        raise _cannot_listen(address, variable) from err
-    return listener
-
-
-def _cannot_listen(address: str, variable: str) -> CannotListen:
-    return CannotListen(
-        f"cannot listen on {address}: the port is in use, or the address is not this machine's; "
-        f"stop what uses it, or set {variable}"
-    )
+def _listen(settings: Settings, undo: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+    rest = undo.enter_context(listen(settings.host, settings.rest_port, "DIGITS_REST_PORT"))
+    return rest, undo.enter_context(listen(settings.host, settings.grpc_port, "DIGITS_GRPC_PORT"))

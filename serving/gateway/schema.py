@@ -354,6 +354,7 @@ READ_BODY: Final[dict[str, Any]] = {
 
 ERROR_TEXTS: Final = {
     400: "The request is malformed, or holds no picture in which a digit can be read.",
+    401: "API keys are in use here, and none that is known came with the request.",
     404: "There is no such thing.",
     405: "The route does not know this method; `Allow` says which it does.",
     408: "The body did not arrive in time.",
@@ -380,6 +381,7 @@ class Route:
         body: The OpenAPI request body.
         error_model: Shape of the errors.
         listed: Whether it is in the OpenAPI document.
+        guarded: Whether it needs an API key, where keys are in use, and counts against the caller's rate.
     """
 
     def __init__(
@@ -394,6 +396,7 @@ class Route:
         body: dict[str, Any] | None = None,
         error_model: type[_Model] = ErrorAnswer,
         listed: bool = True,
+        guarded: bool = True,
     ) -> None:
         self.method = method
         self.path = path
@@ -404,6 +407,7 @@ class Route:
         self.body = body
         self.error_model = error_model
         self.listed = listed
+        self.guarded = guarded
 
 
 def _tensorflow_routes() -> Iterator[Route]:
@@ -454,7 +458,10 @@ def _tensorflow_routes() -> Iterator[Route]:
 def _inference_routes() -> Iterator[Route]:
     def get(path: str, handler: str, summary: str, answer: type[_Model], *errors: int) -> Route:
         summary = f"Open inference protocol: {summary}"
-        return Route("GET", path, handler, summary, answer, errors=errors, error_model=PassedThroughError)
+        guarded = not path.startswith("/v2/health/")
+        return Route(
+            "GET", path, handler, summary, answer, errors=errors, error_model=PassedThroughError, guarded=guarded
+        )
 
     yield get("/v2", "inference_server", "the server", ServerMetadata)
     yield get("/v2/health/live", "inference_live", "is the process alive?", Live)
@@ -497,15 +504,15 @@ ROUTES: Final = (
         "POST", "/read", "read", "Read a whole number", ReadAnswer,
         errors=(400, 408, 413, 415, 429, 503, 504), body=READ_BODY,
     ),
-    Route("GET", "/healthz", "healthz", "Is the process alive?", Health),
-    Route("GET", "/readyz", "readyz", "Can digits be read now?", Readiness, errors=(503,)),
-    Route("GET", "/metrics", "metrics", "Metrics for Prometheus", "text/plain"),
-    Route("GET", "/openapi.json", "openapi", "This document", "application/json"),
-    Route("GET", "/docs", "docs", "This API for people", "text/html"),
-    Route("GET", "/docs.css", "docs_css", "The look of /docs", "text/css", listed=False),
-    Route("GET", "/", "page", "The drawing page", "text/html", errors=(404,)),
+    Route("GET", "/healthz", "healthz", "Is the process alive?", Health, guarded=False),
+    Route("GET", "/readyz", "readyz", "Can digits be read now?", Readiness, errors=(503,), guarded=False),
+    Route("GET", "/metrics", "metrics", "Metrics for Prometheus", "text/plain", guarded=False),
+    Route("GET", "/openapi.json", "openapi", "This document", "application/json", guarded=False),
+    Route("GET", "/docs", "docs", "This API for people", "text/html", guarded=False),
+    Route("GET", "/docs.css", "docs_css", "The look of /docs", "text/css", listed=False, guarded=False),
+    Route("GET", "/", "page", "The drawing page", "text/html", errors=(404,), guarded=False),
     Route("GET", "/static/{rest}", "static", "What the drawing page is made of", "application/octet-stream",
-          errors=(404,), listed=False),
+          errors=(404,), listed=False, guarded=False),
     *_tensorflow_routes(),
     *_inference_routes(),
 )  # fmt: skip
@@ -533,7 +540,13 @@ def openapi_document() -> dict[str, Any]:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
-        "components": {"schemas": definitions["$defs"]},
+        "components": {
+            "schemas": definitions["$defs"],
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer", "description": "Where API keys are in use."},
+                "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
     }
 
 
@@ -541,7 +554,7 @@ def _operation(route: Route) -> dict[str, Any]:
     responses: dict[str, Any] = {}
     if 501 not in route.errors:
         responses["200"] = {"description": "OK", "content": _content(route.answer), "headers": _REQUEST_ID}
-    for status in (*route.errors, 500):
+    for status in (*route.errors, *((401, 429) if route.guarded else ()), 500):
         model: type[_Model] = route.error_model
         if status == 503 and isinstance(route.answer, type) and "ready" in route.answer.model_fields:
             model = route.answer
@@ -568,6 +581,8 @@ def _operation(route: Route) -> dict[str, Any]:
                 "schema": {"type": "string", "maxLength": 128},
             }
         )
+    if route.guarded:
+        operation["security"] = [{}, {"bearer": []}, {"key": []}]
     if parameters:
         operation["parameters"] = parameters
     if route.body:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -27,9 +28,12 @@ class RestServer(uvicorn.Server):
         app: The application.
         listener: A bound socket.
         settings: Time limits.
+        context: For TLS; None for plain HTTP.
     """
 
-    def __init__(self, app: RestApp, listener: socket.socket, settings: Settings) -> None:
+    def __init__(
+        self, app: RestApp, listener: socket.socket, settings: Settings, context: ssl.SSLContext | None = None
+    ) -> None:
         self.incomplete: dict[_Protocol, float] = {}
         self._listener = listener
         self._settings = settings
@@ -47,8 +51,10 @@ class RestServer(uvicorn.Server):
             timeout_keep_alive=cast(int, settings.keep_alive_s),
             timeout_graceful_shutdown=cast(int, settings.drain_timeout_s),
             backlog=2048,
+            ssl_context_factory=(lambda *_: context) if context is not None else None,
         )
         super().__init__(config)
+        config.digits_max_connections = settings.max_connections  # type: ignore[attr-defined]
         config.digits_rest = app  # type: ignore[attr-defined]
         config.digits_lines = _DefaultLines()  # type: ignore[attr-defined]
         config.digits_incomplete = self.incomplete  # type: ignore[attr-defined]
@@ -66,6 +72,30 @@ class RestServer(uvicorn.Server):
             await self.serve(sockets=[self._listener])
         finally:
             sweeper.cancel()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, but with TLS a connection has as long for its handshake as others have for their headers."""
+        if self.config.ssl is None:
+            await super().startup(sockets)
+            return
+        await super().startup([])
+        for listener in sockets or ():
+            server = await asyncio.get_running_loop().create_server(
+                self._new_protocol,
+                sock=listener,
+                ssl=self.config.ssl,
+                ssl_handshake_timeout=self._settings.header_timeout_s,
+                backlog=self.config.backlog,
+            )
+            self.servers.append(server)
+
+    def _new_protocol(self) -> asyncio.Protocol:
+        return _Protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+    def stop_accepting(self) -> None:
+        """Leave new connections to other workers on the same socket; go on with those there are."""
+        for server in self.servers:
+            server.close()
 
     async def _sweep(self) -> None:
         while True:
@@ -130,11 +160,16 @@ class _Protocol(HttpToolsProtocol):
         self._lines: _DefaultLines = self.config.digits_lines  # type: ignore[attr-defined]
         self._incomplete: dict[_Protocol, float] = self.config.digits_incomplete  # type: ignore[attr-defined]
         self._header_s, self._body_s = self.config.digits_limits_s  # type: ignore[attr-defined]
+        self._max_connections: int = self.config.digits_max_connections  # type: ignore[attr-defined]
         self._held: list[bytes] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.transport = self._cork = Corked(transport)  # type: ignore[assignment]
+        if len(self.connections) > self._max_connections:
+            self._rest.gateway.metrics.shed("connections_full")
+            transport.abort()
+            return
         self._incomplete[self] = time.monotonic() + self._header_s
 
     def connection_lost(self, exc: Exception | None) -> None:

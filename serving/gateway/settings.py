@@ -1,9 +1,9 @@
 """What an operator may set: environment variables ``DIGITS_*``, read once at start."""
 
 from ipaddress import ip_address
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, FilePath, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from digits.errors import DigitsError
@@ -20,6 +20,22 @@ def _address(value: str) -> str:
     host, colon, port = value.rpartition(":")
     if ":/" not in value and not value.startswith("unix:") and not (host and colon and port.isdecimal()):
         raise ValueError("expected host:port or a gRPC target such as dns:///models:8500")
+    return value
+
+
+def check_rate(value: str) -> str:
+    """A rate such as ``100/second``, or several with ``;`` between; empty for none.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if value:
+        from limits import parse_many  # where a rate is set: 0.1 s of start otherwise
+
+        try:
+            parse_many(value)
+        except ValueError as err:
+            raise ValueError(f"expected a rate such as 100/second or 100/second;2000/minute, came {value!r}") from err
     return value
 
 
@@ -41,6 +57,10 @@ class Settings(BaseSettings):
     grpc_port: Port = 50051
     """Port of gRPC."""
 
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that answer, on the same two ports. With two or more, SIGHUP replaces them one by one and no request is
+    lost. A rate limit, a queue's limit and a limit of connections each count in one process."""
+
     upstream: Annotated[str, AfterValidator(_address)] = "127.0.0.1:8500"
     """The model server's gRPC address: ``host:port``, or ``dns:///name:port`` to spread calls over several."""
 
@@ -59,6 +79,10 @@ class Settings(BaseSettings):
 
     max_queue_images: Annotated[int, Field(ge=1)] = 1024
     """Most images that may wait for their turn. Beyond that requests are refused: 429, RESOURCE_EXHAUSTED."""
+
+    max_wait_s: Positive = 0.25
+    """Longest wait for its turn that a request is let in for, as the calls of late let expect it; a request with less
+    time than that until its deadline is refused sooner."""
 
     max_request_images: Annotated[int, Field(ge=1, le=65536)] = 4096
     """Most images in one request of TensorFlow Serving's or the open inference protocol."""
@@ -96,11 +120,71 @@ class Settings(BaseSettings):
     drain_timeout_s: Positive = 20.0
     """After SIGTERM, how long requests under way may take before they are cut off."""
 
+    max_connections: Annotated[int, Field(ge=1)] = 8192
+    """Most REST connections at once; further ones are closed at once."""
+
+    api_keys_file: FilePath | None = None
+    """File of API keys, one ``name:sha256`` a line, or ``name:sha256:rate``; ``python -m serving.gateway make-key
+    NAME`` makes one. With it, all that reaches the model needs a key: ``Authorization: Bearer KEY`` or
+    ``x-api-key: KEY``, over gRPC as metadata. Health, metrics, documents and the drawing page stay open."""
+
+    require_keys: bool = False
+    """Do not start without at least one API key."""
+
+    rate_limit: Annotated[str, AfterValidator(check_rate)] = ""
+    """Most requests of each API key, or of each client address where no key is needed: ``100/second``, or several with
+    ``;`` between. Beyond it: 429, RESOURCE_EXHAUSTED."""
+
+    tls_cert_file: FilePath | None = None
+    """Certificate chain, PEM, for both ports. Without it they speak plain HTTP and gRPC."""
+
+    tls_key_file: FilePath | None = None
+    """The certificate's private key, PEM."""
+
+    tls_client_ca_file: FilePath | None = None
+    """Authorities, PEM, one of which must have signed each client's certificate (mutual TLS), on both ports."""
+
+    upstream_tls: bool = False
+    """Speak TLS to the model server; the system's authorities are trusted unless ``DIGITS_UPSTREAM_CA_FILE`` is set."""
+
+    upstream_ca_file: FilePath | None = None
+    """Authorities, PEM, one of which must have signed the model server's certificate."""
+
+    upstream_cert_file: FilePath | None = None
+    """Certificate chain, PEM, that the model server is shown (mutual TLS)."""
+
+    upstream_key_file: FilePath | None = None
+    """Its private key, PEM."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level that is logged. Requests are logged as info, those that end in a 5xx as warning."""
 
     log_format: Literal["auto", "json", "text"] = "auto"
     """``auto`` writes text to a terminal and JSON, one object a line, to anything else."""
+
+    @model_validator(mode="after")
+    def _files_belong_together(self) -> Self:
+        for one, other in (("tls_cert_file", "tls_key_file"), ("upstream_cert_file", "upstream_key_file")):
+            if (getattr(self, one) is None) != (getattr(self, other) is None):
+                raise ValueError(f"DIGITS_{one.upper()} and DIGITS_{other.upper()} go together: set both or none")
+        if self.tls_client_ca_file and not self.tls_cert_file:
+            raise ValueError("DIGITS_TLS_CLIENT_CA_FILE needs DIGITS_TLS_CERT_FILE and DIGITS_TLS_KEY_FILE")
+        if (self.upstream_ca_file or self.upstream_cert_file) and not self.upstream_tls:
+            raise ValueError("DIGITS_UPSTREAM_CA_FILE and DIGITS_UPSTREAM_CERT_FILE need DIGITS_UPSTREAM_TLS=true")
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the ports."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def is_open_to_all(self) -> bool:
+        """Whether other machines can reach the ports and nobody is asked who they are."""
+        return not (self.is_local or self.api_keys_file or self.tls_client_ca_file)
 
     @property
     def hostport_rest(self) -> str:
@@ -135,5 +219,7 @@ def read_settings() -> Settings:
 
 def _one(error: object) -> str:
     assert isinstance(error, dict)
+    if not error["loc"]:
+        return str(error["msg"]).removeprefix("Value error, ")
     name = "DIGITS_" + "_".join(str(part) for part in error["loc"]).upper()
     return f"{name}={error['input']!r}: {error['msg']}"

@@ -19,6 +19,7 @@ from digits import contract
 from digits.errors import BadImage, BadRequest, DigitsError, ModelUnavailable, NotFound, Overloaded, UpstreamTimeout
 from serving.gateway.breaker import Breaker, State
 from serving.gateway.metrics import Metrics
+from serving.gateway.tracing import METADATA
 from serving.protos import upstream_pb2 as pb
 
 PREDICT: Final = "/tensorflow.serving.PredictionService/Predict"
@@ -113,9 +114,17 @@ class Upstream:
         metrics: Where calls, their times and their errors are counted.
         poll_s: Seconds between two looks at the model's status.
         label: Label of the version that answers requests which name none; empty for the newest.
+        credentials: For TLS; None for plain gRPC.
     """
 
-    def __init__(self, target: str, metrics: Metrics, poll_s: float = 0.5, label: str = "") -> None:
+    def __init__(
+        self,
+        target: str,
+        metrics: Metrics,
+        poll_s: float = 0.5,
+        label: str = "",
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
         self.availability = self._seen = Availability(False, f"the model server at {target} has not been asked yet")
         self.breaker = Breaker(self._on_breaker)
         self._target = target
@@ -125,7 +134,11 @@ class Upstream:
         self._use_label = bool(label)
         # Appended to a request it adds the label to the model_spec there: protobuf merges a field that comes twice.
         self._label_field = pb.PredictRequest(model_spec=pb.ModelSpec(version_label=label)).SerializeToString()
-        self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        self._channel = (
+            grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, options=_CHANNEL_OPTIONS)
+        )
         # Bytes both ways: requests and answers are (de)serialised here, where their errors are understood.
         self._methods = {path: self._channel.unary_unary(path) for path in (PREDICT, GET_MODEL_METADATA)}
         self._methods[GET_MODEL_STATUS] = self._channel.unary_unary(GET_MODEL_STATUS)
@@ -135,6 +148,8 @@ class Upstream:
             response_deserializer=pb.GetModelStatusResponse.FromString,
         )
         self._default_answered = ""
+        self.looked = asyncio.Event()
+        """Set once the status has been asked for the first time, whatever came of it."""
         self._listeners: list[Callable[[Availability], Any]] = []
         self._watcher: asyncio.Task[None] | None = None
 
@@ -205,7 +220,9 @@ class Upstream:
             last = attempt == ATTEMPTS or started + pause_s >= deadline
             if self.breaker.admits():
                 try:
-                    data: bytes = await self._methods[path](request, timeout=deadline - started)
+                    data: bytes = await self._methods[path](
+                        request, timeout=deadline - started, metadata=METADATA.get() or None
+                    )
                 except grpc.aio.AioRpcError as err:
                     self._failed(err.code(), time.monotonic() - started)
                     if err.code() is not grpc.StatusCode.UNAVAILABLE or last:
@@ -261,6 +278,7 @@ class Upstream:
                 if self._seen.ready:
                     self.breaker.server_is_back()
                 self._refresh()
+            self.looked.set()
             if self._label and not self._use_label:
                 self._use_label = await self._knows_label()
             await asyncio.sleep(self._poll_s)

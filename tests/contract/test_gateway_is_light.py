@@ -33,7 +33,7 @@ from serving.gateway.settings import Settings
 async def main():
     settings = Settings(rest_port=0, grpc_port=0, upstream="127.0.0.1:1")
     running = await Running.start(settings, Logs(stream=io.StringIO()))
-    reader, writer = await asyncio.open_connection(*running.rest_address.rsplit(":", 1))
+    reader, writer = await asyncio.open_connection(*running.rest_address.rsplit(":", 1), limit=2**20)
     for path in (b"/healthz", b"/docs", b"/openapi.json", b"/metrics"):
         writer.write(b"GET " + path + b" HTTP/1.1\\r\\nhost: x\\r\\n\\r\\n")
         await reader.readuntil(b"\\r\\n\\r\\n")

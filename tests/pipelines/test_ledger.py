@@ -1,5 +1,6 @@
 """The ledger: rows are added and never changed, none is lost or there twice, whatever happens to the database."""
 
+import io
 import json
 import shutil
 import signal
@@ -17,11 +18,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from rich.console import Console
 
-from pipelines import ledger
+from pipelines import ledger, serving_config
+from pipelines.history import history_table
 from pipelines.ledger import Kind, database, spool
 from pipelines.settings import Settings
-from tests.pipelines.conftest import environment_for, run
+from tests.pipelines.conftest import environment_for
 from tests.postgres import Postgres, running_postgres
 
 
@@ -229,7 +232,7 @@ def test_clock_set_back_does_not_change_the_order(tmp_path: Path) -> None:
     promote = [sys.executable, "-m", "pipelines", "promote"]
     settings = Settings(project=tmp_path)
     (tmp_path / "models" / "digits" / "2").rename(tmp_path / "2")  # so that 1 is what was served
-    run(tmp_path, "pipelines", "history")
+    serving_config.ensure(settings)
     (tmp_path / "2").rename(tmp_path / "models" / "digits" / "2")
     ledger.record(settings, decision(1))
     done = subprocess.run(
@@ -239,7 +242,9 @@ def test_clock_set_back_does_not_change_the_order(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     entries = ledger.read(settings)
     assert [(e.seq, e.decision.version, e.decision.at.year >= 2026) for e in entries] == [(1, 1, True), (2, 2, False)]
-    shown = run(tmp_path, "pipelines", "history").stdout
+    with Console(file=io.StringIO(), width=100) as console:
+        console.print(history_table(entries, title="ledger"))
+    shown = console.file.getvalue()
     assert "2020-02-02 02:02 ↶" in shown
     assert shown.index("1 → 2") < shown.index("0 → 1")  # newest first
 

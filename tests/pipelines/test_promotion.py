@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from digits import contract
 from pipelines import ledger, recovery, serving_config
+from pipelines.__main__ import app
 from pipelines.champion import champion_record
 from pipelines.disk import DiskError
 from pipelines.ledger import Kind
@@ -342,24 +344,31 @@ def fill(path: Path) -> None:
                 continue
 
 
+def said(project: Path, *words: str) -> str:
+    """What a command prints, in this process."""
+    done = CliRunner().invoke(app, list(words), env={"DIGITS_PROJECT": str(project), "DIGITS_MODEL_SERVER_URL": NOBODY})
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
 def test_commands_speak_to_people_and_to_machines(three: Settings, tmp_path: Path) -> None:
-    """History, show, rollback, prune and promote, as processes; from a version's number to its data and commit."""
+    """History, show, rollback, prune; from a version's number to its data and commit."""
     back = run(tmp_path, "pipelines", "rollback", "--to", "2", "--note", "sevens")
     assert (back.returncode, back.stdout.partition(" (")[0]) == (0, "version 2 is served, in place of 3")
     assert "no model server answers" in back.stderr
-    rows = json.loads(run(tmp_path, "pipelines", "history", "--json").stdout)
+    rows = json.loads(said(tmp_path, "history", "--json"))
     assert [(row["kind"], row["version"]) for row in rows][:4] == [
         ("promotion", 1), ("promotion", 2), ("promotion", 3), ("rollback", 2),
     ]  # fmt: skip
     assert {row["version"] for row in rows if row["kind"] == "release"} == {1, 2, 3}  # completed from the folders
-    shown = run(tmp_path, "pipelines", "show", "3").stdout
+    shown = said(tmp_path, "show", "3")
     assert "version 3: rolled back" in shown
     assert "0.dir" in shown
     assert "c" * 40 in shown
-    known = json.loads(run(tmp_path, "pipelines", "show", "3", "--json").stdout)
+    known = json.loads(said(tmp_path, "show", "3", "--json"))
     assert (known["lineage"]["data_md5"], known["lineage"]["git"]["commit"]) == ("0.dir", "c" * 40)
     assert known["files_unchanged"] is False  # the file is not the one that its lineage names
-    pruned = json.loads(run(tmp_path, "pipelines", "prune", "--keep", "1", "--json").stdout)
+    pruned = json.loads(said(tmp_path, "prune", "--keep", "1", "--json"))
     assert pruned["removed"] == []
     nothing = run(tmp_path, "pipelines", "show", "9")
     assert (nothing.returncode, nothing.stderr.count("\n")) == (1, 1)

@@ -8,6 +8,7 @@ import pytest
 
 from pipelines import ledger
 from pipelines.ledger import Kind
+from pipelines.reproduce import CannotReproduce, reproduce
 from pipelines.settings import Settings
 from tests.pipelines.conftest import commit, run
 
@@ -72,12 +73,12 @@ def test_commit_that_is_not_here_is_named(project: Path) -> None:
     lineage = project / "models" / "digits" / "1" / "assets.extra" / "lineage.json"
     content = json.loads(lineage.read_text())
     lineage.write_text(json.dumps({**content, "data_md5": f"{'0' * 32}.dir"}))
-    no_data = run(project, "pipelines", "reproduce", "1")
-    assert no_data.returncode == 1
-    assert "the data of that version" in no_data.stderr.splitlines()[-1]
+    settings = Settings(project=project)
+    with pytest.raises(CannotReproduce, match="the data of that version"):
+        reproduce(settings, 1)
     lineage.write_text(json.dumps({**content, "git": {"commit": "0" * 40}}))
-    no_commit = run(project, "pipelines", "reproduce", "1")
-    assert no_commit.returncode == 1
-    assert f"commit {'0' * 40} is not in this repository; fetch it first" in no_commit.stderr.splitlines()[-1]
+    with pytest.raises(CannotReproduce, match=f"commit {'0' * 40} is not in this repository; fetch it first"):
+        reproduce(settings, 1)
     shutil.rmtree(project / ".git")
-    assert "Clone it" in run(project, "pipelines", "reproduce", "1").stderr.splitlines()[-1]
+    with pytest.raises(CannotReproduce, match="Clone it"):
+        reproduce(settings, 1)

@@ -1,6 +1,8 @@
 """The Python client and its command line, before a real gateway."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -12,8 +14,9 @@ import grpc
 import numpy as np
 import pytest
 
-from digits.errors import BadImage, ModelUnavailable, TooLarge
-from serving.client import GatewayError, GatewayUnreachable, GrpcClient, RestClient
+from digits.errors import BadImage, ModelUnavailable, Overloaded, TooLarge
+from serving.client import LONGEST_PAUSE_S, GatewayError, GatewayUnreachable, GrpcClient, RestClient
+from serving.gateway.auth import key_line, make_key
 from tests.serving.gateway.conftest import Here, LoopThread, eventually, random_images, start_gateway, stop_gateway
 from tests.serving.gateway.pictures import bomb_png, png, stroke
 from tests.serving.gateway.upstream_server import expected_probabilities
@@ -26,6 +29,19 @@ Client = RestClient | GrpcClient
 @pytest.fixture(scope="module")
 def here() -> Here:
     started = start_gateway(LoopThread())
+    yield started
+    stop_gateway(started)
+
+
+KEY, SLOW_KEY = make_key(), make_key()
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Here:
+    """A gateway that asks for keys."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"{key_line('quick', KEY)}\n{key_line('slow', SLOW_KEY, '2/day')}\n")
+    started = start_gateway(LoopThread(), api_keys_file=keys)
     yield started
     stop_gateway(started)
 
@@ -119,10 +135,11 @@ def test_something_else_at_the_address_is_said_plainly() -> None:
     server.server_close()
 
 
-def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "serving.client", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+        [sys.executable, "-m", "serving.client", *arguments],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -174,3 +191,36 @@ def test_the_command_line_without_a_gateway_says_so_in_one_line(tmp_path: Path) 
 def test_the_gateway_is_not_hurt_by_its_clients_leaving(here: Here) -> None:
     """Nothing is under way at the end."""
     eventually(lambda: here.metric("digits_requests_in_flight", protocol="rest") == 0)
+
+
+@pytest.mark.parametrize("address", ["REST", "gRPC"], indirect=True)
+def test_a_folder_is_read_file_by_file_with_a_key(tmp_path: Path, address: list[str], guarded: Here) -> None:
+    """Batch mode: the files right in it, in the order of their names; the key comes from the environment."""
+    for at, image in enumerate(random_images(5)):
+        image[0] = at
+        (tmp_path / f"{at}.raw").write_bytes(image.tobytes())
+    (tmp_path / ".hidden").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    to = ["--grpc", "--address", guarded.grpc_address] if "--grpc" in address else ["--url", guarded.url]
+    ended = cli("classify", str(tmp_path), *to, DIGITS_API_KEY=KEY)
+    assert ended.returncode == 0, ended.stderr
+    assert [line.split("\t")[1] for line in ended.stdout.splitlines()] == ["0", "1", "2", "3", "4"]
+    ended = cli("classify", str(tmp_path), *to)
+    assert ended.returncode == 1
+    assert ended.stderr.count("API key") == 5
+
+
+def test_a_pause_that_is_too_long_is_not_waited_for(connect: Callable[..., Client], guarded: Here) -> None:
+    """A rate that is used up for the hour is told at once."""
+    client = (
+        RestClient(guarded.url, api_key=SLOW_KEY)
+        if isinstance(connect(), RestClient)
+        else GrpcClient(guarded.grpc_address, api_key=SLOW_KEY)
+    )
+    with client:
+        for _ in range(2):
+            with contextlib.suppress(Overloaded):
+                client.classify(bytes(784))
+        with pytest.raises(Overloaded) as caught:
+            client.classify(bytes(784))
+    assert caught.value.retry_after_s > LONGEST_PAUSE_S

@@ -175,7 +175,7 @@ def test_a_flipped_byte_is_caught_by_the_known_hash(tmp_path: Path, real: dict[s
     console = Console(file=io.StringIO(), width=200)
     with pytest.raises(DataNotValid, match="each file has its SHA-256"):
         validate(workspace, params, console)
-    assert "train-images-idx3-ubyte has" in console.file.getvalue()
+    assert "train-images-idx3-ubyte: SHA-256" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])

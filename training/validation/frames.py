@@ -128,4 +128,4 @@ def _compare_sha256(path: Path, known: Mapping[str, str]) -> str:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found == known[path.name]:
         return AS_KNOWN
-    return f"{path.name} has {found[:12]}… instead of {known[path.name][:12]}…"
+    return f"SHA-256 {found[:12]}… instead of {known[path.name][:12]}…"

@@ -50,10 +50,12 @@ def read_labels(train: Split, test: Split, advance: Callable[[int], None] = lamb
     if len(fitted) < FEWEST_IMAGES:
         return {"train": _unread(len(labels)), "test": _unread(len(test.labels))}
     terms = _Terms(images[fitted])
-    by_fold, everything = _fit(terms, images, labels, fitted)
+    folds = np.arange(len(labels)) % _FOLDS
+    folds[fitted] = np.arange(len(fitted)) % _FOLDS  # whatever their spacing, no fold has more than its share
+    by_fold, everything = _fit(terms, images, labels, fitted, folds)
     return {
-        "train": _judge(terms, images, labels, by_fold, advance),
-        "test": _judge(terms, test.images, test.labels, everything[None], advance),
+        "train": _judge(terms, train, by_fold, folds, advance),
+        "test": _judge(terms, test, everything[None], np.zeros(len(test.labels), np.int64), advance),
     }
 
 
@@ -92,17 +94,18 @@ def _pool(images: np.ndarray) -> np.ndarray:
     return sums.reshape(len(images), -1).astype(np.float32) / np.float32(4 * 255)
 
 
-def _fit(terms: _Terms, images: np.ndarray, labels: np.ndarray, fitted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _fit(
+    terms: _Terms, images: np.ndarray, labels: np.ndarray, fitted: np.ndarray, folds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Weights (folds, terms, 10), each fitted without the rows of its fold, and weights (terms, 10) of all rows."""
     squares = np.zeros((_FOLDS, terms.count, terms.count))
     products = np.zeros((_FOLDS, terms.count, CLASS_COUNT))
     for rows in _chunks(fitted):
-        values, folds = terms(images[rows]), rows % _FOLDS
-        truth = np.eye(CLASS_COUNT, dtype=np.float32)[labels[rows]]
+        values, truth = terms(images[rows]), np.eye(CLASS_COUNT, dtype=np.float32)[labels[rows]]
         for fold in range(_FOLDS):
-            mine = values[folds == fold]
-            squares[fold] += mine.T @ mine
-            products[fold] += mine.T @ truth[folds == fold]
+            inside = folds[rows] == fold
+            squares[fold] += values[inside].T @ values[inside]
+            products[fold] += values[inside].T @ truth[inside]
     all_squares, all_products = squares.sum(axis=0), products.sum(axis=0)
     by_fold = [_solve(all_squares - squares[f], all_products - products[f]) for f in range(_FOLDS)]
     return np.stack(by_fold), _solve(all_squares, all_products)
@@ -115,18 +118,19 @@ def _solve(squares: np.ndarray, products: np.ndarray) -> np.ndarray:
 
 
 def _judge(
-    terms: _Terms, images: np.ndarray, labels: np.ndarray, weights: np.ndarray, advance: Callable[[int], None]
+    terms: _Terms, split: Split, weights: np.ndarray, folds: np.ndarray, advance: Callable[[int], None]
 ) -> Reading:
-    """Read images, row r with the weights of fold r modulo their number."""
-    likely = np.empty(len(labels), np.int64)
-    doubt = np.zeros(len(labels))
-    for rows in _chunks(np.arange(len(labels))):
-        values, folds = terms(images[rows]), rows % len(weights)
+    """Read images, each with the weights that were fitted without its fold."""
+    likely = np.empty(len(split.labels), np.int64)
+    doubt = np.zeros(len(split.labels))
+    for rows in _chunks(np.arange(len(split.labels))):
+        values = terms(split.images[rows])
         scores = np.empty((len(rows), CLASS_COUNT), np.float32)
         for fold, fold_weights in enumerate(weights):
-            scores[folds == fold] = values[folds == fold] @ fold_weights
+            inside = folds[rows] == fold
+            scores[inside] = values[inside] @ fold_weights
         likely[rows] = scores.argmax(axis=1)
-        doubt[rows] = _margin_against(scores, labels[rows])
+        doubt[rows] = _margin_against(scores, split.labels[rows])
         advance(len(rows))
     return Reading(likely, doubt)
 

@@ -88,7 +88,7 @@ def draw_contact_sheet(path: Path, splits: dict[str, Split], shown: pd.DataFrame
         picture = Image.fromarray(255 - splits[split].images[row])
         sheet.paste(picture.resize((_PICTURE_PX, _PICTURE_PX), Image.Resampling.NEAREST), (left, top))
         draw.rectangle((left, top, left + _PICTURE_PX - 1, top + _PICTURE_PX - 1), outline="#c8c8c8")
-        caption = "\n".join([f"{split} {row}: {label}", *_wrap(reasons)])
+        caption = "\n".join([f"{split} {row}, label {label}", *_wrap(reasons)])
         draw.text((left, top + _PICTURE_PX + 4), caption, fill="black", font=small, spacing=2)
     with whole_file(path) as part:
         sheet.save(part, format="PNG", optimize=True)

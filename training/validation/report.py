@@ -16,17 +16,16 @@ _VERDICTS = {
     "stopped": "✗ stopped: nothing is made from these data",
 }
 _MARKS = {"stop": "✗ stop", "warn": "⚠ warn"}
-_ROWS_SHOWN = 20
 
 
-def build_report(frames: Frames, results: Results, listed: pd.DataFrame) -> dict[str, Any]:
+def build_report(frames: Frames, results: Results, listed: pd.DataFrame, shown: pd.DataFrame) -> dict[str, Any]:
     """What report.json holds.
 
     Returns:
         ``verdict`` (passed, warned or stopped) and ``valid`` (not stopped); ``findings``, one an expectation;
         ``features``, by name: mean, standard deviation and range in each split, Cohen's d and population stability
         index of test against train; ``labels`` and ``by_digit`` of each split; ``quarantine``: how many rows are
-        listed, how many of each split, and the first of them.
+        listed, how many of each split, and those of ``shown``.
     """
     return {
         "schema": 2,
@@ -45,7 +44,7 @@ def build_report(frames: Frames, results: Results, listed: pd.DataFrame) -> dict
         "quarantine": {
             "rows": len(listed),
             **{name: int((listed["split"] == name).sum()) for name in SPLITS},
-            "first": listed.head(_ROWS_SHOWN).to_dict(orient="records"),
+            "examples": shown.to_dict(orient="records"),
         },
     }
 
@@ -115,11 +114,11 @@ def render_markdown(report: dict[str, Any]) -> str:
 def _quarantine_lines(quarantine: dict[str, Any]) -> list[str]:
     if not quarantine["rows"]:
         return ["None."]
-    rows = [(q["split"], q["row"], q["label"], q["reasons"]) for q in quarantine["first"]]
+    rows = [(q["split"], q["row"], q["label"], q["reasons"]) for q in quarantine["examples"]]
     return [
         f"{quarantine['rows']:,} ({quarantine['train']:,} of train, {quarantine['test']:,} of test), listed in "
         "`artifacts/validate/quarantine.csv` and drawn in `artifacts/validate/contact_sheet.png`. Nothing is removed. "
-        "The first:" if quarantine["rows"] > len(rows) else "All of them:",
+        "Some of them:" if quarantine["rows"] > len(rows) else "All of them:",
         "",
         *_table(("split", "row", "label", "reasons"), rows),
     ]  # fmt: skip

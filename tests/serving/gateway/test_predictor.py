@@ -84,7 +84,7 @@ def test_a_call_of_more_images_than_a_batch_goes_alone_and_whole(start: Callable
 
 def test_each_of_thousands_of_callers_gets_its_own_answers(start: Callable[..., Here]) -> None:
     """5,000 calls of 1 to 5 images, sent at random times against a jittery model server: no answer is another's."""
-    here = start(max_batch_images=32, max_upstream_calls=4, max_queue_images=100_000)
+    here = start(max_batch_images=32, max_upstream_calls=4, max_queue_images=100_000, max_wait_s=60)
     chance = random.Random(7)
     images = random_images(25_000)
 
@@ -263,3 +263,28 @@ async def _await(here: Here, images_u8: bytes, count: int) -> list[Answer]:
 
 async def _awaited(waiting: "asyncio.Future[list[Answer]]") -> list[Answer]:
     return await waiting
+
+
+def test_when_calls_are_slow_fewer_are_let_in(start: Callable[..., Here]) -> None:
+    """Calls take 0.2 s for two images each: of many that come together those are refused whose turn is far off."""
+    here = start(max_upstream_calls=1, max_batch_images=2, max_wait_s=0.5, timeout_s=20)
+    here.behaviour.delay_s = 0.2
+
+    async def calls() -> list[object]:
+        submit = here.gateway.predictor.submit
+        await submit(bytes(784), 1, far())
+        taken, refused = [], []
+        for _ in range(40):
+            try:
+                taken.append(submit(bytes(784), 1, far()))
+            except Overloaded as err:
+                refused.append(err)
+        with pytest.raises(Overloaded):  # let in for half a second, but it has less
+            submit(bytes(784), 1, time.monotonic() + 0.1)
+        await asyncio.gather(*taken)
+        return refused
+
+    refused = here.thread.run(calls())
+    assert 28 <= len(refused) <= 36
+    assert min(one.retry_after_s for one in refused) >= 1
+    assert here.metric("digits_shed_total", reason="queue_slow") == len(refused) + 1

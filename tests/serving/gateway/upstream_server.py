@@ -1,7 +1,7 @@
 """A model server with a model one can check by hand: a real gRPC server on a real socket, TensorFlow Serving's paths.
 
 Its digit is ``pixel[0] % 10`` and its confidence ``(pixel[1] + 1) / 512 + 0.5``, so that every answer says which image
-it belongs to. Run it alone for measurements: ``python tests/serving/gateway/upstream_server.py PORT``.
+it belongs to. Run it alone for measurements: ``python -m tests.serving.gateway.upstream_server PORT``.
 """
 
 import asyncio
@@ -52,6 +52,8 @@ class TestUpstream:
         self.behaviour = Behaviour()
         self.port = 0
         self.last_request = pb.PredictRequest()
+        self.last_metadata: dict[str, Any] = {}
+        self.credentials: Any = None
         self._server: Any = None
 
     @property
@@ -77,7 +79,12 @@ class TestUpstream:
                 grpc.method_handlers_generic_handler("tensorflow.serving.ModelService", {"GetModelStatus": status}),
             )
         )
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port if port is None else port}")
+        address = f"127.0.0.1:{self.port if port is None else port}"
+        self.port = (
+            self._server.add_secure_port(address, self.credentials)
+            if self.credentials
+            else self._server.add_insecure_port(address)
+        )
         await self._server.start()
 
     async def stop(self) -> None:
@@ -93,6 +100,7 @@ class TestUpstream:
         assert tensor.dtype == pb.DT_UINT8
         assert shape[1:] == [28, 28]
         self.last_request = request
+        self.last_metadata = dict(context.invocation_metadata() or ())
         images_u8 = np.frombuffer(tensor.tensor_content, np.uint8).reshape(shape[0], 784)
         await self._check_version(request.model_spec, context)
         behaviour.batches.append(shape[0])
