@@ -20,20 +20,20 @@ REFUSED: Final = "Refused"
 """Name of the final state of a flow that found another one at work."""
 
 
-def tell_webhook(flow: Flow[..., Any], run: FlowRun, state: State) -> None:
+def tell_webhook(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:  # workers pass them by these names
     """The hook for every end of a flow. What changed nothing is not worth a message."""
-    settings = settings_of(run.parameters.get("project"))
+    settings = settings_of(flow_run.parameters.get("project"))
     if settings.notify_url is None or (what := _what_happened(state)) is None:
         return
     event, text = what
     message = {
         "event": f"{flow.name}.{event}",
-        "text": f"{flow.name} {run.name}: {text}",
+        "text": f"{flow.name} {flow_run.name}: {text}",
         "flow": flow.name,
-        "run": run.name,
-        "run_id": str(run.id),
+        "run": flow_run.name,
+        "run_id": str(flow_run.id),
         "state": state.name,
-        "url": f"{prefect_server.ui_url()}/runs/flow-run/{run.id}",
+        "url": f"{prefect_server.ui_url()}/runs/flow-run/{flow_run.id}",
     }
     notify(settings, message, get_logger("notify").warning)
 
