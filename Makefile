@@ -40,6 +40,21 @@ test: env tools ## everything that must pass
 stack-test: env ## the container stack end to end; needs Docker
 	@python -m pytest --stack tests/stack/test_compose.py $(ARGS)
 
+IMAGES := gateway model-server pipeline
+
+.PHONY: sbom
+sbom: tools ## bills of materials of the images (CycloneDX), from the locks, in test-output/
+	@mkdir -p test-output
+	@for image in $(IMAGES); do \
+	  $(TOOLS)/bin/cyclonedx-py requirements requirements/$$image.txt --output-reproducible --of JSON -o test-output/$$image.cdx.json || exit 1; \
+	done
+
+.PHONY: audit
+audit: tools ## known vulnerabilities of what the images install; needs a package index that publishes them
+	@for image in $(IMAGES); do \
+	  $(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r requirements/$$image.txt || exit 1; \
+	done
+
 .PHONY: bench
 bench: env ## side-by-side benchmarks
 	@python -m benchmarks $(ARGS)
