@@ -393,15 +393,25 @@ class GrpcServer:
         handshake_s: Time for a connection's preface, and for any header block it has begun.
         message_s: Time for the one message of a call that does not stream.
         on_defect: Told of exceptions that a handler did not translate.
+        max_connections: Most connections at once; further ones are closed.
+        on_full: Told of each of those.
     """
 
     def __init__(
-        self, max_message_bytes: int, handshake_s: float, message_s: float, on_defect: Callable[[Exception], None]
+        self,
+        max_message_bytes: int,
+        handshake_s: float,
+        message_s: float,
+        on_defect: Callable[[Exception], None],
+        max_connections: int = 8192,
+        on_full: Callable[[], None] = lambda: None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.max_message_bytes = max_message_bytes
         self.max_held_bytes = 2 * max_message_bytes + 16 * 1024 * 1024
         self.on_defect = on_defect
+        self._max_connections = max_connections
+        self._on_full = on_full
         self.connections: set[Connection] = set()
         self._handshake_s = handshake_s
         self._message_s = message_s
@@ -458,6 +468,13 @@ class GrpcServer:
             self._sweeper.cancel()
             with suppress(asyncio.CancelledError):
                 await self._sweeper
+
+    def is_full(self) -> bool:
+        """Whether there are more connections than there may be; the newest is closed then."""
+        if len(self.connections) <= self._max_connections:
+            return False
+        self._on_full()
+        return True
 
     def accept(self, headers: list[tuple[bytes, bytes]]) -> Asked:
         """Read a call's headers."""

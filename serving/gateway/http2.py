@@ -70,6 +70,9 @@ class Broken(Exception):
 class Service(Protocol):
     """What is spoken on top."""
 
+    def is_full(self) -> bool:
+        """Whether the newest connection is one too many. It is closed then."""
+
     def accept(self, headers: list[tuple[bytes, bytes]]) -> Any:
         """Headers of a request → whatever ``open`` needs to know of them. May be used for many requests alike."""
 
@@ -176,6 +179,9 @@ class Connection(asyncio.Protocol):
         self.peer = transport.get_extra_info("peername")
         self.tls = transport.get_extra_info("ssl_object")
         self._connections.add(self)
+        if self._service.is_full():
+            self.abort()
+            return
         settings = ((0x3, MAX_STREAMS), (0x4, STREAM_WINDOW), (0x6, 16 * 1024))
         payload = b"".join([_SETTING.pack(*setting) for setting in settings])
         update = struct.pack(">I", CONNECTION_WINDOW - 65_535)

@@ -388,6 +388,8 @@ class RpcServer:
             settings.header_timeout_s,
             settings.body_timeout_s,
             lambda err: gateway.log.error("defect", exc_info=err),
+            settings.max_connections,
+            lambda: gateway.metrics.shed("connections_full"),
         )
         calls = Calls(gateway)
         service = DigitsService(calls)

@@ -121,7 +121,7 @@ class Settings(BaseSettings):
     """After SIGTERM, how long requests under way may take before they are cut off."""
 
     max_connections: Annotated[int, Field(ge=1)] = 8192
-    """Most REST connections at once; further ones are closed at once."""
+    """Most connections at once to either port; further ones are closed at once."""
 
     api_keys_file: FilePath | None = None
     """File of API keys, one ``name:sha256`` a line, or ``name:sha256:rate``; ``python -m serving.gateway make-key

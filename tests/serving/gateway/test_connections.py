@@ -108,6 +108,23 @@ def test_connections_beyond_the_limit_are_closed_and_places_come_back(
     eventually(let_in)
 
 
+def test_the_limit_holds_for_grpc_too(start: Callable[..., Here], held: contextlib.ExitStack) -> None:
+    """Calls on a connection that was there go on; a place that is left can be taken."""
+    from serving.protos import digits_pb2 as pb
+
+    here = start(max_connections=8)
+    port = int(here.grpc_address.rpartition(":")[2])
+    assert here.stub.Classify(pb.ClassifyRequest(image=bytes(784)), timeout=20).model_version == "3"
+    connections = here.running._rpc._server.connections
+    raws = [connect(held, port) for _ in range(8 - len(connections))]
+    eventually(lambda: len(connections) == 8)
+    assert closed(connect(held, port))
+    assert here.metric("digits_shed_total", reason="connections_full") == 1
+    assert here.stub.Classify(pb.ClassifyRequest(image=bytes(784)), timeout=20).model_version == "3"
+    raws[0].close()
+    eventually(lambda: len(connections) == 7)
+
+
 def test_a_half_closed_client_gets_its_answer(here: Here, held: contextlib.ExitStack) -> None:
     """It has said all it will say, and still listens."""
     raw = connect(held, here.rest_port, HEAD + bytes(784))
