@@ -56,6 +56,7 @@ class Gateway:
             max_calls=settings.max_upstream_calls,
             max_queue=settings.max_queue_images,
             max_wait_s=settings.max_wait_s,
+            max_burst_s=settings.max_burst_s,
         )
 
     async def classify(self, data: bytes, deadline: float) -> Answer:

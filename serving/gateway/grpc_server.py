@@ -7,6 +7,7 @@ docs/decisions/0015-own-grpc-server.md.
 
 import asyncio
 import base64
+import functools
 import re
 import socket
 import ssl
@@ -300,7 +301,7 @@ class Call(Stream):
         block = b"" if self._opened else b"\x88" + _CONTENT_TYPE
         block += _STATUS[status.value[0]]
         if text:
-            block += header(b"grpc-message", quote(text, safe=_READABLE).encode())
+            block += _message_header(text)
         block += pack_metadata(trailers)
         self._last(header_frame(self.sid, block, end=True))
 
@@ -551,6 +552,11 @@ class _Refused(Exception):
 
 
 _READABLE: Final = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+
+
+@functools.lru_cache(256)
+def _message_header(text: str) -> bytes:
+    return header(b"grpc-message", quote(text, safe=_READABLE).encode())
 
 
 def pack_metadata(metadata: Metadata) -> bytes:

@@ -29,6 +29,9 @@ MAX_TURNS = 2
 SHARE_BESIDE = 0.5
 """What waits goes beside what is under way if it is at least this share of the last call."""
 
+STANDING_WAIT_S = 0.005
+"""A wait as short as this is let in under lasting overload, too."""
+
 EXPIRY_TICK_S = 0.01
 """A caller learns within this time that its deadline has passed."""
 
@@ -119,6 +122,9 @@ class Predictor:
         max_calls: Most upstream calls under way at once.
         max_queue: Most images waiting.
         max_wait_s: Longest wait that a call is let in for, as measured calls let expect it.
+        max_burst_s: Whole batches that wait for longer than this, and than four calls take, are no burst but more work
+            than can be done: a long queue would only make all wait. Calls are let in for one batch's turn then (after
+            CoDel, Nichols and Jacobson 2012).
     """
 
     def __init__(
@@ -130,6 +136,7 @@ class Predictor:
         max_calls: int = 2,
         max_queue: int = 1024,
         max_wait_s: float = 0.25,
+        max_burst_s: float = 0.1,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.queued_images = 0
@@ -146,7 +153,9 @@ class Predictor:
         self._last_count = 0
         self._ticking = False
         self._max_wait_s = max_wait_s
+        self._max_burst_s = max_burst_s
         self._call_s = 0.0
+        self._standing_since = 0.0
         self._images_per_s = 0.0
         self._closed = False
         metrics.watch_predictor(lambda: self.queued_images, lambda: len(self._calls))
@@ -199,12 +208,15 @@ class Predictor:
     def _refuse_if_too_slow(self, remaining_s: float) -> None:
         """Whole batches are waiting: at the pace of late, would this one's turn come soon enough to be of use?"""
         wait_s = self.queued_images // self._max_batch * self._call_s / self._max_calls
-        if wait_s > min(remaining_s, self._max_wait_s):
+        longest_s = self._max_wait_s
+        now = time.monotonic()
+        if not self._standing_since:
+            self._standing_since = now
+        elif now - self._standing_since > max(self._max_burst_s, 4 * self._call_s):
+            longest_s = min(longest_s, max(STANDING_WAIT_S, self._call_s / self._max_calls))
+        if wait_s > min(remaining_s, longest_s):
             self._metrics.shed("queue_slow")
-            raise Overloaded(
-                f"{self.queued_images} images are waiting already, {wait_s:.1f} s of work; try again later",
-                self._retry_after_s(),
-            )
+            raise Overloaded("more images are waiting than can be read in time; try again later", self._retry_after_s())
 
     def leave(self, place: Place) -> None:
         """Free the place of a caller that has gone."""
@@ -270,6 +282,8 @@ class Predictor:
                 batch.append(first)
                 count += first.count
         if batch:
+            if self.queued_images < self._max_batch:
+                self._standing_since = 0.0
             self._metrics.batch(count, now - batch[0].arrived)
         return batch
 

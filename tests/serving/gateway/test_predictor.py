@@ -1,6 +1,7 @@
 """Coalescing, order, deadlines, places: the transport-free service before a real model server."""
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from digits.errors import ModelUnavailable, Overloaded, UpstreamTimeout
 from serving.gateway.predictor import Answer
-from tests.serving.gateway.conftest import Here, eventually, random_images
+from tests.serving.gateway.conftest import HANG_S, Here, eventually, random_images
 from tests.serving.gateway.upstream_server import expected_probabilities
 
 
@@ -84,7 +85,7 @@ def test_a_call_of_more_images_than_a_batch_goes_alone_and_whole(start: Callable
 
 def test_each_of_thousands_of_callers_gets_its_own_answers(start: Callable[..., Here]) -> None:
     """5,000 calls of 1 to 5 images, sent at random times against a jittery model server: no answer is another's."""
-    here = start(max_batch_images=32, max_upstream_calls=4, max_queue_images=100_000, max_wait_s=60)
+    here = start(max_batch_images=32, max_upstream_calls=4, max_queue_images=100_000, max_wait_s=60, max_burst_s=60)
     chance = random.Random(7)
     images = random_images(25_000)
 
@@ -288,3 +289,27 @@ def test_when_calls_are_slow_fewer_are_let_in(start: Callable[..., Here]) -> Non
     assert 28 <= len(refused) <= 36
     assert min(one.retry_after_s for one in refused) >= 1
     assert here.metric("digits_shed_total", reason="queue_slow") == len(refused) + 1
+
+
+def test_under_lasting_overload_the_queue_becomes_short(start: Callable[..., Here]) -> None:
+    """A burst may fill it; when more keeps coming than can be done, what is let in waits for a turn or two only."""
+    here = start(max_upstream_calls=1, max_batch_images=2, max_wait_s=5.0, timeout_s=20)
+    here.behaviour.delay_s = 0.02
+
+    async def overload() -> tuple[int, int]:
+        predictor = here.gateway.predictor
+        taken = [predictor.submit(bytes(784), 1, far()) for _ in range(60)]
+        longest = predictor.queued_images
+        until = time.monotonic() + HANG_S
+        while predictor.queued_images > 4 and time.monotonic() < until:
+            for _ in range(4):  # five times what can be done
+                with contextlib.suppress(Overloaded):
+                    taken.append(predictor.submit(bytes(784), 1, far()))
+            await asyncio.sleep(0.008)
+        shortest = predictor.queued_images
+        await asyncio.gather(*taken)
+        return longest, shortest
+
+    longest, shortest = here.thread.run(overload())
+    assert longest >= 50
+    assert shortest <= 4
