@@ -219,7 +219,7 @@ def test_killed_job_goes_on_and_a_killed_dask_worker_loses_no_row(
 
     What was scored before is not scored again, and every row is there once, with its answer.
     """
-    images = images_with(30_000)
+    images = images_with(16_000)
     np.save(tmp_path / "a.npy", images)
     output = tmp_path / "out.csv"
     parts = tmp_path / "out.csv.job" / "parts"
@@ -230,11 +230,11 @@ def test_killed_job_goes_on_and_a_killed_dask_worker_loses_no_row(
     here.behaviour.delay_s = 0.4  # a shard takes long enough to be cut off in
 
     first = subprocess.Popen(command, cwd=toy, env=environment_for(toy, PREFECT_API_URL=prefect_url))
-    wait_for(lambda: len(list(parts.glob("0*.csv"))) >= 4, first)
+    wait_for(lambda: len(list(parts.glob("0*.csv"))) >= 3, first)
     first.send_signal(signal.SIGKILL)
     first.wait(10)
     kept = {path.name: path.stat().st_mtime_ns for path in parts.glob("0*.csv")}
-    assert 4 <= len(kept) < 30
+    assert 3 <= len(kept) < 12
     assert not output.exists()
 
     environment = environment_for(toy, PREFECT_API_URL=prefect_url, DIGITS_TASK_RUNNER="dask")
@@ -243,7 +243,7 @@ def test_killed_job_goes_on_and_a_killed_dask_worker_loses_no_row(
 
     def some_are_new() -> bool:
         mtimes.update({path.name: path.stat().st_mtime_ns for path in parts.glob("0*.csv")})
-        return len(mtimes) >= len(kept) + 4
+        return len(mtimes) >= len(kept) + 2
 
     wait_for(some_are_new, second)
     workers = [p for p, line in running_below(second.pid) if "spawn_main" in line and psutil.pid_exists(p.pid)]
@@ -252,7 +252,7 @@ def test_killed_job_goes_on_and_a_killed_dask_worker_loses_no_row(
     said, _ = second.communicate(timeout=240)
     assert second.returncode == 0
     told = json.loads(said.splitlines()[-1])
-    assert (told["rows"], told["failed"], told["rows_by_this_run"]) == (30_000, 0, 30_000 - 1000 * len(kept))
+    assert (told["rows"], told["failed"], told["rows_by_this_run"]) == (16_000, 0, 16_000 - 1000 * len(kept))
     assert {name: mtimes[name] for name in kept} == kept
     require_each_row_once(output, images)
 
