@@ -33,14 +33,14 @@ def run(seconds: float, repeats: int) -> None:
         rest, grpc = by_name["gateway REST, raw 784 bytes"], by_name["gateway gRPC Classify"]
         batches(console, grpc, seconds, repeats)
         table = Table(title=f"open loop, {seconds:g} s each; the last {OVERLOAD_TIMES * seconds:g} s")
-        for column in ("what", "offered/s", "accepted/s", "refused", "p50 ms", "p99 ms", "refused p99 ms", "lost"):
-            table.add_column(column, justify="left" if column == "what" else "right")
+        for column in ("load", "offered/s", "accepted/s", "refused", "p50 ms", "p99 ms", "refused p99", "lost"):
+            table.add_column(column, justify="left" if column == "load" else "right", overflow="fold")
         for variant in (rest, grpc):
             best = statistics.median(requests_per_second(variant, seconds) for _ in range(repeats))
             half = [open_loop(variant, best / 2, seconds) for _ in range(repeats)]
-            add_row(table, f"{variant.name}, half load", median_of(half))
+            add_row(table, f"{'gRPC' if variant.grpc else 'REST'}, half", median_of(half))
         before = resident_mb(pid)
-        add_row(table, f"{grpc.name}, twice its capacity", open_loop(grpc, 2 * best, OVERLOAD_TIMES * seconds))
+        add_row(table, "gRPC, twice", open_loop(grpc, 2 * best, OVERLOAD_TIMES * seconds))
         console.print(table)
         console.print(f"gateway: {before:.0f} MB before the overload, {resident_mb(pid):.0f} MB after")
 
