@@ -75,7 +75,7 @@ def _add(feature: feature_pb2.Feature, name: str, value: Any) -> None:
             raise invalid_argument(f"Feature: {name} has uint64 element. Only int64 is supported.")
         field, item = "int64_list", int(value)
     elif isinstance(value, float):
-        if np.isfinite(value) and abs(value) > np.finfo(np.float32).max:
+        if np.isfinite(value) and abs(value) > float(np.finfo(np.float32).max):
             raise invalid_argument(f"Cannot convert JSON value: {value} to float without loss of precision.")
         field, item = "float_list", value
     else:

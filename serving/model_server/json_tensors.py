@@ -284,7 +284,7 @@ def _scalar(value: Any, kind: int, dtype: np.dtype[Any]) -> Any:
                 raise invalid_argument(f"Cannot convert JSON value: {value} to {name} without loss of precision.")
             return value
     elif isinstance(value, float) and dtype.kind == "f":
-        if np.isfinite(value) and abs(value) > np.finfo(dtype).max:
+        if np.isfinite(value) and abs(value) > float(np.finfo(dtype).max):
             raise invalid_argument(f"Cannot convert JSON value: {value} to {name} without loss of precision.")
         return value
     raise invalid_argument(f"JSON Value: {echo(value)} Type: {type_name(value)} is not of expected type: {name}")
