@@ -238,12 +238,13 @@ def _numbers(value: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any] | None:
             return None
         limits = np.iinfo(dtype)
         return array.astype(dtype) if limits.min <= array.min() and array.max() <= limits.max else None
-    if array.dtype.kind == "f" and (dtype.itemsize == 8 or not np.isfinite(array).all()):
+    if array.dtype.kind == "f" and dtype.itemsize == 8:
         return array.astype(dtype)
     if array.dtype.kind in "iuf":
         # 2**24 for float: whole numbers beyond it are not exact; a slower look says which one.
         exact = 2.0 ** (np.finfo(dtype).nmant + 1) if array.dtype.kind in "iu" else float(np.finfo(dtype).max)
-        return array.astype(dtype) if np.abs(array.astype(np.float64)).max() < exact else None
+        wide = array.astype(np.float64)
+        return array.astype(dtype) if np.abs(wide[np.isfinite(wide)]).max(initial=0) < exact else None
     return None
 
 

@@ -131,6 +131,7 @@ def fuzz_rest(server, count):
     @settings_for(count)
     @given(paths, bodies)
     @example("/v1/models/digits:classify", b'{"examples": [{"x": 1e39}]}')  # warned on stderr in plain text once
+    @example("/v1/models/digits:predict", b'{"signature_name": "echo", "inputs": {"f32": [NaN, 1e39]}}')
     def ask(path, body):
         connection.request("POST", path, body)
         response = connection.getresponse()

@@ -143,6 +143,22 @@ IMAGE = np.zeros((28, 28), int).tolist()
         (PREDICT, {"instances": [{"images": IMAGE}, IMAGE]}, 400, "Expecting object but got list at item 1"),
         (PREDICT, {"inputs": {"picture": IMAGE}}, 400, "Missing named input: images in 'inputs' object."),
         (PREDICT, {"inputs": [{"b64": "%%%"}], "signature_name": "encoded"}, 400, "Unable to base64 decode"),
+        (
+            PREDICT,
+            {
+                "signature_name": "echo",
+                "inputs": {
+                    "f32": [math.nan, 1e39],
+                    **{name: [1] for name in ("f16", "f64", "i8", "i32", "i64")},
+                    "u8": [1],
+                    "u32": [1],
+                    "flag": [True],
+                    "text": ["x"],
+                },
+            },
+            400,
+            "Cannot convert JSON value: 1e+39 to float without loss of precision.",
+        ),
         (PREDICT, {"inputs": [[1]], "signature_name": "echo"}, 400, "multiple input tensors required"),
     ],
 )
