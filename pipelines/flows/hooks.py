@@ -7,8 +7,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.flows import Flow
 from prefect.logging import get_logger
 from prefect.states import State
+from prefect.utilities.urls import url_for
 
-from pipelines import prefect_server
 from pipelines.notify import notify
 from pipelines.publish import Published
 from pipelines.settings import Settings
@@ -33,7 +33,7 @@ def tell_webhook(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
         "run": flow_run.name,
         "run_id": str(flow_run.id),
         "state": state.name,
-        "url": f"{prefect_server.ui_url()}/runs/flow-run/{flow_run.id}",
+        "url": url_for(flow_run),
     }
     notify(settings, message, get_logger("notify").warning)
 
