@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,15 @@ def prefect_server() -> int:
             )
             return 1
         os.environ[PASSWORD_FILE.removesuffix("_FILE")] = password
+    if host := os.environ.get("PREFECT_SERVER_DATABASE_HOST"):
+        port = os.environ.get("PREFECT_SERVER_DATABASE_PORT", "5432")
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, ValueError) as err:
+            sys.stderr.write(
+                f"error: no database answers at {host}:{port} ({err}); PREFECT_SERVER_DATABASE_HOST, _PORT\n"
+            )
+            return 1
     os.environ.setdefault("PREFECT_UI_STATIC_DIRECTORY", "/tmp/prefect-ui")  # noqa: S108  # all else is read-only
     os.environ.pop("PREFECT_API_URL", None)
     return become([sys.executable, "-m", "prefect", "server", "start", "--host", "0.0.0.0"])  # noqa: S104  # a container
