@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TextIO
@@ -69,6 +69,7 @@ class Stages:
         """``terminal``: where a stage's output goes as it comes, progress bar and all."""
         self._settings, self._terminal = settings, terminal
         self._spare: Command | None = None
+        self._unchanged: set[str] = set()
 
     def __enter__(self) -> "Stages":
         return self
@@ -76,6 +77,17 @@ class Stages:
     def __exit__(self, *_: object) -> None:
         if self._spare is not None:
             self._spare.stop()
+
+    def look_ahead(self, names: Sequence[str]) -> None:
+        """Ask DVC about all of these stages at once. An answer is used once, and none outlives a stage that runs.
+
+        Raises:
+            StageBusy: another DVC command is at work.
+        """
+        try:
+            self._unchanged = set(versioning.unchanged_stages(self._settings, names))
+        except versioning.Locked as err:
+            raise StageBusy(f"stage {names[0]}: {err}") from err
 
     def bring_up_to_date(
         self,
@@ -96,10 +108,10 @@ class Stages:
             StageFailed: it failed or took too long.
         """
         started = time.monotonic()
-        try:
-            changed = versioning.stage_changed(self._settings, name)
-        except versioning.Locked as err:
-            raise StageBusy(f"stage {name}: {err}") from err
+        if name not in self._unchanged:
+            self.look_ahead([name])
+        changed = name not in self._unchanged
+        self._unchanged.discard(name)
         ran = changed and self._repro(name, on_start, on_line)
         return StageReport(name, ran, time.monotonic() - started)
 

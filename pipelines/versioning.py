@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -229,20 +230,23 @@ def stages_in_order(settings: Settings) -> list[Stage]:
         ]
 
 
-def stage_changed(settings: Settings, name: str) -> bool:
-    """Whether ``dvc repro --single-item NAME`` would do anything.
+def unchanged_stages(settings: Settings, names: Sequence[str]) -> list[str]:
+    """Those of these stages, up to the first other one, with which ``dvc repro --single-item NAME`` would do nothing.
 
     Raises:
         Locked: another DVC command is at work.
         VersioningError: there is no such stage.
     """
+    with open_repo(settings) as repo, repo.lock:
+        return list(itertools.takewhile(lambda name: not _changed(repo, settings, name), names))
+
+
+def _changed(repo: Any, settings: Settings, name: str) -> bool:
     file, _, stage_name = name.rpartition(":")
     # DVC takes a relative path from the current folder, which need not be the project's.
     target = f"{settings.project.absolute() / (file or 'dvc.yaml')}:{stage_name}"
-    with open_repo(settings) as repo:
-        (stage,) = repo.stage.collect(target)
-        with repo.lock:
-            return bool(stage.changed())
+    (stage,) = repo.stage.collect(target)
+    return bool(stage.changed())
 
 
 @dataclass(frozen=True)

@@ -154,9 +154,12 @@ def _release(settings: Settings, stages: Stages) -> Published | State:
         say(f"✓ {completed}")
     timed = {"timeout_seconds": settings.step_timeout_s}
     ingest.with_options(**timed)(settings)
-    for stage in versioning.stages_in_order(settings):
-        run_stage(settings, stages, stage.name)
-        if stage.name == GATE and not (verdict := read_verdict(settings)).approved:
+    names = [stage.name for stage in versioning.stages_in_order(settings)]
+    with contextlib.suppress(StageBusy):  # asked again, and waited for, stage by stage
+        stages.look_ahead(names)
+    for name in names:
+        run_stage(settings, stages, name)
+        if name == GATE and not (verdict := read_verdict(settings)).approved:
             say(f"✗ rejected    {verdict.reason}")
             record_rejection(settings, verdict, tell=say)
             return Completed(name=REJECTED, message=verdict.reason)

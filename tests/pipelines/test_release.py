@@ -56,9 +56,8 @@ def test_release_runs_alone_and_leaves_dvc_nothing_to_do(first_release, released
     """With a Prefect server of its own. Afterwards `dvc repro` finds all up to date, also the decision."""
     done = first_release[1]
     assert done.returncode == 0, done.stderr
-    assert steps(done) == [
-        ("✓", step) for step in ["ingest", "evaluate", "gate", "export", "publish", "promote", "gate"]
-    ]
+    built = [("✓", step) for step in ("ingest", "evaluate", "gate", "export", "publish")]
+    assert steps(done) == [*built, ("–", "smoke"), ("✓", "promote"), ("✓", "gate")]
     published = r"^version 1 published: .*/models/digits/1, 99.00% of the test images right$"
     assert re.search(published, done.stdout, re.MULTILINE)
     assert "Traceback" not in done.stderr
@@ -75,7 +74,7 @@ def test_release_finds_dvcs_work_done(toy: Path, prefect_url: str) -> None:
     done = release(toy, prefect_url)
     assert done.returncode == 0, done.stderr
     found = [("–", stage) for stage in ("evaluate", "gate", "export")]
-    assert steps(done) == [("✓", "ingest"), *found, ("✓", "publish"), ("✓", "promote"), ("✓", "gate")]
+    assert steps(done) == [("✓", "ingest"), *found, ("✓", "publish"), ("–", "smoke"), ("✓", "promote"), ("✓", "gate")]
 
 
 def test_second_release_does_nothing_but_complete_a_lost_record(released: Path, prefect_url: str) -> None:
@@ -384,7 +383,7 @@ def test_prefect_server_that_is_not_there_is_named(toy: Path) -> None:
     assert "PREFECT_API_URL" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["ingest", "release", "publish", "schedule", "run"])
+@pytest.mark.parametrize("command", ["ingest", "release", "publish", "schedule", "maintain", "restore", "run"])
 def test_help_explains_each_command(command: str, toy: Path) -> None:
     done = run(toy, "pipelines", command, "--help")
     assert done.returncode == 0
