@@ -1,5 +1,6 @@
 """The pipelines' command line: ``python -m pipelines --help``."""
 
+import gc
 import json
 import sys
 from dataclasses import asdict
@@ -341,6 +342,7 @@ def _report(done: "Promotion", as_json: bool) -> None:
 
 def main() -> None:
     """Run the command; an expected error is one line. See ``Exit`` for the exit codes."""
+    gc.set_threshold(100_000)  # most of a short command is imports, and a tenth of those would be looking for garbage
     try:
         app()
     except DigitsError as err:

@@ -61,7 +61,8 @@ def run_stage(settings: Settings, stages: Stages, name: str) -> StageReport:
     """One stage of dvc.yaml, brought up to date."""
     report = stages.bring_up_to_date(name, on_start=lambda: say(f"▸ {name}"), on_line=get_run_logger().info)
     say(f"✓ {name:<11} {duration(report.duration_s)}" if report.ran else f"– {name:<11} up to date")
-    artifacts.show_stage(settings, name)
+    if report.ran:
+        artifacts.show_stage(settings, name)
     return report
 
 
@@ -77,7 +78,8 @@ def publish(settings: Settings) -> Published:
         if done.new
         else f"– publish     version {number} holds these weights already"
     )
-    artifacts.show_published(done)
+    if done.new:
+        artifacts.show_published(done)
     return done
 
 
@@ -157,13 +159,20 @@ def _release(settings: Settings, stages: Stages) -> Published | State:
     names = [stage.name for stage in versioning.stages_in_order(settings)]
     with contextlib.suppress(StageBusy):  # asked again, and waited for, stage by stage
         stages.look_ahead(names)
+    found_done = []
     for name in names:
-        run_stage(settings, stages, name)
+        if not run_stage(settings, stages, name).ran:
+            found_done.append(name)
         if name == GATE and not (verdict := read_verdict(settings)).approved:
             say(f"✗ rejected    {verdict.reason}")
             record_rejection(settings, verdict, tell=say)
+            if GATE in found_done:
+                artifacts.show_stage(settings, GATE)
             return Completed(name=REJECTED, message=verdict.reason)
     done = publish.with_options(**timed)(settings)
+    if done.new:  # what others built, as `dvc repro` did, is shown with the version that came of it
+        for name in found_done:
+            artifacts.show_stage(settings, name)
     promotion = promote.with_options(**timed)(settings, done)
     if done.new or (promotion and promotion.new):
         # The champion is a new one now: judge again, so that DVC finds the decision up to date.

@@ -36,6 +36,11 @@ def last_run(prefect_url: str) -> dict:
     return httpx.post(f"{prefect_url}/flow_runs/filter", json=body).json()[0]
 
 
+def artifacts_of_last_run(prefect_url: str) -> dict[str, dict]:
+    body = {"flow_runs": {"id": {"any_": [last_run(prefect_url)["id"]]}}}
+    return {a["key"]: a for a in httpx.post(f"{prefect_url}/artifacts/filter", json=body).json()}
+
+
 def steps(done: subprocess.CompletedProcess[str]) -> list[tuple[str, str]]:
     """The list of steps a person sees: sign and name."""
     return re.findall(r"^([✓–✗]) (\w+)", done.stderr, flags=re.MULTILINE)
@@ -69,12 +74,13 @@ def test_release_runs_alone_and_leaves_dvc_nothing_to_do(first_release, released
 
 
 def test_release_finds_dvcs_work_done(toy: Path, prefect_url: str) -> None:
-    """What `dvc repro` has built is not built again, only published."""
+    """What `dvc repro` has built is not built again, only published; its figures are the run's artifacts all the same."""
     assert run(toy, "dvc", "repro").returncode == 0
     done = release(toy, prefect_url)
     assert done.returncode == 0, done.stderr
     found = [("–", stage) for stage in ("evaluate", "gate", "export")]
     assert steps(done) == [("✓", "ingest"), *found, ("✓", "publish"), ("–", "smoke"), ("✓", "promote"), ("✓", "gate")]
+    assert {"metrics", "evaluation", "decision", "published"} <= set(artifacts_of_last_run(prefect_url))
 
 
 def test_second_release_does_nothing_but_complete_a_lost_record(released: Path, prefect_url: str) -> None:
@@ -127,8 +133,7 @@ def test_rejected_candidate_ends_in_a_state_of_that_name(released: Path, prefect
     better = release(released, prefect_url)
     assert better.returncode == 0, better.stderr
     assert versions(released) == ["1", "2"]
-    body = {"flow_runs": {"id": {"any_": [last_run(prefect_url)["id"]]}}}
-    artifacts = {a["key"]: a for a in httpx.post(f"{prefect_url}/artifacts/filter", json=body).json()}
+    artifacts = artifacts_of_last_run(prefect_url)
     assert set(artifacts) == {"metrics", "evaluation", "decision", "published", "lineage"}
     assert "![Confusion matrix](data:image/png;base64,iVBORw0KGgo" in artifacts["evaluation"]["data"]
     assert {"metric": "accuracy", "value": 0.98} in json.loads(artifacts["metrics"]["data"])
