@@ -74,7 +74,7 @@ def test_release_runs_alone_and_leaves_dvc_nothing_to_do(first_release, released
 
 
 def test_release_finds_dvcs_work_done(toy: Path, prefect_url: str) -> None:
-    """What `dvc repro` has built is not built again, only published; its figures are the run's artifacts all the same."""
+    """What `dvc repro` has built is not built again, only published; its figures are artifacts all the same."""
     assert run(toy, "dvc", "repro").returncode == 0
     done = release(toy, prefect_url)
     assert done.returncode == 0, done.stderr
