@@ -164,6 +164,8 @@ def test_a_rate_recovers(start: Callable[..., Here]) -> None:
         (f"alice:{'0' * 64}\nalice:{'1' * 64}\n", "twice"),
         (f"alice:{'0' * 64}:often\n", "100/second"),
     ],
+    # A key is drawn anew in each process, and pytest's workers have to agree on the tests' names.
+    ids=["no hash", "a key instead of its hash", "a space in the name", "a name twice", "no rate"],
 )
 def test_a_damaged_file_of_keys_is_refused_and_its_lines_are_not_shown(tmp_path: Path, text: str, part: str) -> None:
     """Somebody may have put a key there."""
