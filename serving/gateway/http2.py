@@ -39,10 +39,7 @@ CONNECTION_WINDOW: Final = 16 * 1024 * 1024
 MAX_WINDOW: Final = 2**31 - 1
 
 MAX_STRIKES: Final = 2000
-"""Resets, pings, settings, empty frames and small window updates that a connection may send in a second."""
-
-SMALL_UPDATE: Final = 16
-"""Bytes; clients that want an answer ask for more at a time."""
+"""Resets, pings, settings and empty frames that a connection may send in a second."""
 
 KEEPALIVE_S: Final = 60.0
 """A connection that is silent for so long is asked whether anyone is there, and closed ``KEEPALIVE_GRACE_S`` later."""
@@ -384,8 +381,6 @@ class Connection(asyncio.Protocol):
         more = int.from_bytes(payload) & MAX_WINDOW
         if len(payload) != 4:
             raise Broken(FRAME_SIZE_ERROR, "a window update has 4 bytes")
-        if more < SMALL_UPDATE:
-            self._strike()
         helped: list[Stream] = []
         if not sid:
             # Only what this update can help: a peer may park a thousand answers and send updates all day.

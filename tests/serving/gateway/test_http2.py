@@ -245,11 +245,6 @@ def test_padding_priorities_and_continuations_are_understood(here: Here) -> None
         pytest.param(GREETING + frame(http2.PING, 0, 0, bytes(8)) * 3000, http2.ENHANCE_YOUR_CALM, id="ping flood"),
         pytest.param(GREETING + frame(http2.SETTINGS, 0, 0, b"") * 3000, http2.ENHANCE_YOUR_CALM, id="settings flood"),
         pytest.param(
-            GREETING + frame(http2.WINDOW_UPDATE, 0, 0, struct.pack(">I", 1)) * 3000,
-            http2.ENHANCE_YOUR_CALM,
-            id="window update flood",
-        ),
-        pytest.param(
             GREETING
             + b"".join(
                 frame(http2.HEADERS, 4, sid, BLOCK) + frame(http2.RST_STREAM, 0, sid, bytes(4))
