@@ -177,10 +177,11 @@ class Model(ABC):
     ) -> Call:
         call = self._make_call(name, signature, output_filter)
         with self._lock:
+            # The first of those made at the same time is everybody's: calls are batched by it.
             # Each order of a filter is its own entry; nobody needs more than a few.
             if len(self._calls) < 64:
-                self._calls[key] = call
-        return call
+                return self._calls.setdefault(key, call)
+            return self._calls.get(key, call)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,12 @@ def test_precision_recall_and_f1_by_hand() -> None:
     metrics = measure(labels, read)
     zero, one = metrics["classes"][:2]
     two_thirds = pytest.approx(2 / 3)
-    assert zero == {"digit": 0, "images": 3, "precision": two_thirds, "recall": two_thirds, "f1": two_thirds}
-    assert one == {"digit": 1, "images": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    # Wilson's interval of 2 of 3, with z = 1.96: (2/3 + z²/6 ± z √((2/3)(1/3)/3 + z²/36)) / (1 + z²/3)
+    interval = {"recall_low": pytest.approx(0.2077, abs=1e-4), "recall_high": pytest.approx(0.9385, abs=1e-4)}
+    two_of_three = {"precision": two_thirds, "recall": two_thirds, "f1": two_thirds}
+    assert zero == {"digit": 0, "images": 3, **two_of_three, **interval}
+    interval = {"recall_low": 0.0, "recall_high": pytest.approx(0.7935, abs=1e-4)}  # z² / (1 + z²)
+    assert one == {"digit": 1, "images": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0, **interval}
     assert metrics["accuracy"] == 10 / 12
     assert metrics["errors"] == 2
     assert metrics["macro_recall"] == pytest.approx((2 / 3 + 0 + 8) / 10)

@@ -134,8 +134,11 @@ def test_a_half_closed_client_gets_its_answer(here: Here, held: contextlib.ExitS
     eventually(lambda: here.metric("digits_requests_in_flight", protocol="rest") == 0)
 
 
-def test_half_closed_in_the_middle_of_a_request_leaves_nothing_behind(here: Here, held: contextlib.ExitStack) -> None:
+def test_half_closed_in_the_middle_of_a_request_leaves_nothing_behind(
+    start: Callable[..., Here], held: contextlib.ExitStack
+) -> None:
     """Cut off in its headers or its body, it is no request."""
+    here = start()
     for sent in (HEAD[:30], HEAD + bytes(300)):
         raw = connect(held, here.rest_port, sent)
         raw.shutdown(socket.SHUT_WR)
