@@ -17,7 +17,7 @@ from serving.gateway.tls import server_context
 from serving.gateway.worker import Control
 
 RETIRE_S: Final = 0.5
-"""A replaced worker's pause before it closes idle connections."""
+"""Time in which connections in use are told to go with their next answer; then idle ones are closed."""
 
 
 class Running:
@@ -89,8 +89,7 @@ class Running:
         self.gateway.draining = self.gateway.replaced = True
         self._rest.stop_accepting()
         ending = asyncio.create_task(self._rpc.stop(settings.drain_timeout_s))
-        # In this time REST connections in use are told to go with their next answer; then idle ones are closed.
-        await asyncio.sleep(RETIRE_S)
+        await self._rest.until_left(RETIRE_S)
         self._rest.should_exit = True
         await asyncio.gather(ending, self.rest_ended)
         await self.gateway.close()
@@ -102,8 +101,11 @@ class Running:
         self.gateway.draining = True
         await self._rpc.not_serving()
         await asyncio.sleep(settings.drain_delay_s)
+        self._rest.stop_accepting()
+        ending = asyncio.create_task(self._rpc.stop(settings.drain_timeout_s))
+        await self._rest.until_left(RETIRE_S)
         self._rest.should_exit = True
-        await asyncio.gather(self._rpc.stop(settings.drain_timeout_s), self.rest_ended)
+        await asyncio.gather(ending, self.rest_ended)
         await self.gateway.close()
         log.info("stopped")
 

@@ -93,9 +93,15 @@ class RestServer(uvicorn.Server):
         return _Protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     def stop_accepting(self) -> None:
-        """Leave new connections to other workers on the same socket; go on with those there are."""
+        """Leave new connections to others that listen, if there are any; go on with those there are."""
         for server in self.servers:
             server.close()
+
+    async def until_left(self, limit_s: float) -> None:
+        """Wait until no connection is open, at most ``limit_s``."""
+        until = time.monotonic() + limit_s
+        while self.server_state.connections and time.monotonic() < until:
+            await asyncio.sleep(0.01)
 
     async def _sweep(self) -> None:
         while True:
