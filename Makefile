@@ -69,8 +69,8 @@ bench-peers: env $(PEERS:%=.peers/%/.lock) ## other servers of the same model, e
 	@requirements/install $(PYTHON) .peers/$* $<
 
 .PHONY: generated
-generated: env ## write what is made from other files: the cluster's alert rules, the dashboards
-	@python -m monitoring.generate
+generated: env ## write what is made from other files: the API reference, the cluster's alert rules, the dashboards
+	@python -m docs.generate && python -m monitoring.generate
 
 .PHONY: protos
 protos: env ## generate serving/protos/*_pb2.py from the .proto files

@@ -14,31 +14,12 @@ table { border-collapse: collapse; width: 100%; margin: .5rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); }
 """
 
-_EXAMPLES: Final = {
-    ("post", "/classify"): (
-        "curl --data-binary @seven.png -H 'Content-Type: image/png' {base}/classify\n"
-        "curl -F image=@seven.png {base}/classify\n"
-        "curl --data-binary @seven.raw -H 'Content-Type: application/octet-stream' {base}/classify   # 784 bytes"
-    ),
-    ("post", "/read"): "curl --data-binary @number.png -H 'Content-Type: image/png' {base}/read",
-    ("post", "/v1/models/digits:predict"): (
-        "curl -d '{{\"instances\": [[[0, …28 pixels], …28 rows], …]}}' {base}/v1/models/digits:predict"
-    ),
-    ("post", "/v2/models/digits/infer"): (
-        'curl -d \'{{"inputs": [{{"name": "images", "datatype": "UINT8", "shape": [1, 28, 28], '
-        '"data": […784 pixels]}}]}}\' {base}/v2/models/digits/infer'
-    ),
-    ("get", "/readyz"): "curl {base}/readyz",
-    ("get", "/metrics"): "curl {base}/metrics",
-}
 
-
-def render_docs(document: dict[str, Any], base: str = "http://localhost:8080") -> str:
+def render_docs(document: dict[str, Any]) -> str:
     """The page's HTML.
 
     Args:
         document: An OpenAPI document.
-        base: The address that examples name.
     """
     info = document["info"]
     parts = [
@@ -53,19 +34,18 @@ def render_docs(document: dict[str, Any], base: str = "http://localhost:8080") -
     ]
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            parts.append(_operation(path, method, operation, base))
+            parts.append(_operation(path, method, operation))
     parts.append("<h2>Answers</h2>")
     parts += [_model(name, schema) for name, schema in document["components"]["schemas"].items()]
     return "".join(parts) + "</html>"
 
 
-def _operation(path: str, method: str, operation: dict[str, Any], base: str) -> str:
+def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
     parts = [f"<h2><b>{method.upper()}</b> <code>{escape(path)}</code></h2><p>{_text(operation['summary'])}</p>"]
     if body := operation.get("requestBody"):
         kinds = ", ".join(f"<code>{escape(kind)}</code>" for kind in body["content"])
         parts.append(f"<p>{_text(body['description'])}</p><p>Content types: {kinds}</p>")
-    if example := _EXAMPLES.get((method, path)):
-        parts.append(f"<pre>{escape(example.format(base=base))}</pre>")
+    parts += [f"<pre>{escape(sample['source'])}</pre>" for sample in operation["x-codeSamples"]]
     rows = []
     for status, response in operation["responses"].items():
         kinds = ", ".join(_kind(kind, content) for kind, content in response["content"].items())

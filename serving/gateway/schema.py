@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
+from serving.gateway import examples
 from serving.gateway.metrics import VERSION
 
 
@@ -518,6 +519,9 @@ ROUTES: Final = (
 )  # fmt: skip
 
 
+_IN_PATH: Final = {"version": "A version's number.", "label": "A label of a version, such as `stable`."}
+
+
 def openapi_document() -> dict[str, Any]:
     """The OpenAPI 3.1 document of the routes above."""
     models = {route.answer for route in ROUTES if not isinstance(route.answer, str)}
@@ -526,6 +530,9 @@ def openapi_document() -> dict[str, Any]:
     _, definitions = models_json_schema(
         [(model, "serialization") for model in ordered], ref_template="#/components/schemas/{model}"
     )
+    schemas = definitions["$defs"]
+    for name, example in examples.ANSWERS.items():
+        schemas[name]["examples"] = [example]
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         if route.listed:
@@ -541,7 +548,7 @@ def openapi_document() -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": definitions["$defs"],
+            "schemas": schemas,
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer", "description": "Where API keys are in use."},
                 "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -566,9 +573,10 @@ def _operation(route: Route) -> dict[str, Any]:
         "operationId": route.method.lower() + re.sub(r"\W+", "_", route.path).rstrip("_"),
         "summary": route.summary,
         "responses": responses,
+        "x-codeSamples": [{"lang": "sh", "source": examples.command(route.method, route.path)}],
     }
     parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        {"name": name, "in": "path", "required": True, "description": _IN_PATH[name], "schema": {"type": "string"}}
         for name in re.findall(r"{(\w+)}", route.path)
     ]
     if route.method == "POST":
