@@ -30,6 +30,10 @@ def read_yaml(path: Path) -> Any:
     return YAML(typ="safe").load(path.read_text())
 
 
+def rules() -> list[dict[str, Any]]:
+    return [rule for group in read_yaml(MONITORING / "rules.yml")["groups"] for rule in group["rules"]]
+
+
 def metrics_in(expression: str) -> set[str]:
     """The metric names of a PromQL expression: what is left without labels, ranges, functions and words."""
     bare = re.sub(r'"[^"]*"', "", expression)
@@ -103,14 +107,14 @@ def send_traffic(here: Here) -> None:
     here.classify(b"no picture")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def here() -> Iterator[Here]:
     here = start_gateway(LoopThread())
     yield here
     stop_gateway(here)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def exporter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a running `python -m pipelines metrics`, with a release in the ledger and at a Prefect server."""
     project = tmp_path_factory.mktemp("project")
@@ -163,7 +167,7 @@ def set_states(api: httpx.Client, path: str, *states: str) -> None:
         assert answer.status_code in (200, 201), answer.text
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prometheus(here: Here, exporter: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     targets = {"gateway": here.url.removeprefix("http://"), "pipeline": exporter}
     prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), targets)
