@@ -266,9 +266,9 @@ class Load:
             thread.join()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
-    """``start_server("--flag=value", …)``; whatever still runs at the end is stopped."""
+    """``start_server("--flag=value", …)``; whatever still runs at the end of the file is stopped."""
     servers: list[ServerProcess] = []
 
     def start(*arguments: object, credentials: grpc.ChannelCredentials | None = None) -> ServerProcess:
@@ -295,17 +295,19 @@ def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def served(
-    start_server: Callable[..., ServerProcess],
-    publish: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> ServerProcess:
+def served(publish: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server of ``digits`` with version 1, for tests that only ask."""
     base_path = tmp_path_factory.mktemp("models") / "digits"
     publish(base_path, 1)
-    server = start_server("--model_name=digits", f"--model_base_path={base_path}", "--rest_api_max_body_bytes=2000000")
-    server.wait_for("version_available", model="digits", version=1)
-    return server
+    log_path = tmp_path_factory.mktemp("server") / "log"
+    server = ServerProcess(
+        log_path, "--model_name=digits", f"--model_base_path={base_path}", "--rest_api_max_body_bytes=2000000"
+    )
+    try:
+        server.wait_for("version_available", model="digits", version=1)
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session")
