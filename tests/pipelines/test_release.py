@@ -1,16 +1,17 @@
 """The release flow: DVC's stages in DVC's order, one release at a time, and nothing published that was not approved."""
 
 import http.server
+import itertools
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from pipelines import ledger, serving_config, versioning
 from pipelines.locks import only_one
 from pipelines.settings import Settings
 from tests.pipelines.conftest import environment_for, run
+from tests.stack.conftest import free_ports
 
 T = TypeVar("T")
 
@@ -341,9 +343,7 @@ def test_schedule_alone_plans_releases_and_one_outlives_its_prefect_server(toy: 
 
     That server, killed -9 in the middle of a release, is started again on the same port; the release completes.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}/api"
     (toy / "weights.txt").write_text("waiting")
     process = subprocess.Popen(
@@ -372,6 +372,45 @@ def test_schedule_alone_plans_releases_and_one_outlives_its_prefect_server(toy: 
         assert not server.is_running()
         assert versions(toy) == ["1"]
 
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_releases_every_two_minutes_publish_only_what_passes(toy: Path) -> None:
+    """Three come due by cron, one after another: a good candidate, a bad one, a better one."""
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}/api"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines", "schedule", "--cron", "*/2 * * * *"],
+        cwd=toy, env=environment_for(toy, DIGITS_PREFECT_PORT=str(port)), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    body = {
+        "sort": "START_TIME_ASC",
+        "flow_runs": {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]}}},
+    }
+
+    def ended(count: int) -> list[dict]:
+        try:
+            runs = httpx.post(f"{url}/flow_runs/filter", json=body, timeout=60).json()
+        except httpx.TransportError:  # the server is still starting
+            return []
+        return runs if len(runs) >= count else []
+
+    try:
+        for at, (weights, accuracy) in enumerate((("first", 0.99), ("worse", 0.42), ("better", 0.98)), 1):
+            (toy / "weights.txt").write_text(weights)
+            (toy / "accuracy.txt").write_text(str(accuracy))
+            runs = wait_until(lambda at=at: ended(at), limit_s=280)
+        assert [run["state_name"] for run in runs] == ["Completed", "Rejected", "Completed"]
+        assert all(run["auto_scheduled"] for run in runs)
+        minutes = [datetime.fromisoformat(run["expected_start_time"]).minute for run in runs]
+        assert {minute % 2 for minute in minutes} == {0}
+        assert [(b - a) % 60 for a, b in itertools.pairwise(minutes)] == [2, 2]
+        assert versions(toy) == ["1", "2"]
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0
     finally:
