@@ -9,6 +9,7 @@
 ``pipeline.py release``, or any other command, is that of ``python -m pipelines``.
 """
 
+import asyncio
 import os
 import secrets
 import shutil
@@ -16,6 +17,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -25,8 +28,6 @@ PROJECT = Path("/project")
 CHAMPION = PROJECT / "models" / "champion" / "champion.json"
 SERVING_CONFIG = PROJECT / "models" / "models.config"
 PASSWORD_FILE = "PREFECT_SERVER_DATABASE_PASSWORD_FILE"  # noqa: S105  # a variable's name
-ENSURE = "from pipelines import serving_config, settings; serving_config.ensure(settings.Settings())"
-"""Volumes from before there was a models.config get one."""
 DEFAULT_CRON = "0 3 * * *"
 
 
@@ -56,9 +57,13 @@ def main(arguments: list[str]) -> int:
         return 1
     os.chdir(PROJECT)
     if arguments[:1] == ["prefect"]:
+        if problem := prefect_problem():
+            sys.stderr.write(f"error: {problem}\n")
+            return 1
         return become([sys.executable, "-m", *arguments])
     if arguments == ["serve"]:
-        if code := subprocess.run([sys.executable, "-c", ENSURE], check=False).returncode:
+        # Volumes from before there was a models.config get one.
+        if code := subprocess.run([sys.executable, "-m", "pipelines", "ensure-serving-config"], check=False).returncode:
             return code
         if not CHAMPION.is_file() and (code := first_release()):
             return code
@@ -82,18 +87,55 @@ def prefect_server() -> int:
             )
             return 1
         os.environ[PASSWORD_FILE.removesuffix("_FILE")] = password
-    if host := os.environ.get("PREFECT_SERVER_DATABASE_HOST"):
-        port = os.environ.get("PREFECT_SERVER_DATABASE_PORT", "5432")
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except (OSError, ValueError) as err:
-            sys.stderr.write(
-                f"error: no database answers at {host}:{port} ({err}); PREFECT_SERVER_DATABASE_HOST, _PORT\n"
-            )
-            return 1
+    if problem := asyncio.run(database_problem()):
+        sys.stderr.write(f"error: {problem}\n")
+        return 1
+    port = os.environ.get("PREFECT_SERVER_API_PORT", "4200")
+    try:
+        socket.create_server(("0.0.0.0", int(port))).close()  # noqa: S104  # a container
+    except (OSError, ValueError) as err:
+        sys.stderr.write(f"error: cannot listen on port {port} ({err}); PREFECT_SERVER_API_PORT\n")
+        return 1
     os.environ.setdefault("PREFECT_UI_STATIC_DIRECTORY", "/tmp/prefect-ui")  # noqa: S108  # all else is read-only
     os.environ.pop("PREFECT_API_URL", None)
     return become([sys.executable, "-m", "prefect", "server", "start", "--host", "0.0.0.0"])  # noqa: S104  # a container
+
+
+async def database_problem() -> str | None:
+    """Why Prefect's server could not use its PostgreSQL; None when it can, or is to keep a file of its own."""
+    host, port, user, password, database = (
+        os.environ.get(f"PREFECT_SERVER_DATABASE_{name}") for name in ("HOST", "PORT", "USER", "PASSWORD", "NAME")
+    )
+    if not host:
+        return None
+    import asyncpg  # here only: half a second
+
+    port = port or "5432"
+    try:
+        connection = await asyncpg.connect(
+            host=host, port=int(port), user=user, password=password, database=database, timeout=10
+        )
+        await connection.close()
+    except (asyncpg.PostgresError, OSError, ValueError, TimeoutError) as err:
+        reason = " ".join(str(err).split()) or "no answer within 10 s"
+        return f"no database to use at {host}:{port} ({reason}); PREFECT_SERVER_DATABASE_HOST, _PORT, _USER, _NAME"
+    return None
+
+
+def prefect_problem() -> str | None:
+    """Why Prefect's API cannot be used; None when it can, or none is named. Waits as long as a release does."""
+    if not (url := os.environ.get("PREFECT_API_URL")):
+        return None
+    limit_s = float(os.environ.get("DIGITS_PREFECT_ANSWER_TIMEOUT_S") or 10)
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=limit_s):  # noqa: S310  # the user's own
+                return None
+        except (OSError, ValueError) as err:
+            if time.monotonic() >= deadline or isinstance(err, ValueError):
+                return f"no Prefect server answers at {url} ({getattr(err, 'reason', err)}); PREFECT_API_URL"
+        time.sleep(0.5)
 
 
 def make_secrets(files: list[str]) -> int:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from digits.errors import DigitsError
 from pipelines.exit_codes import Exit
 from pipelines.locks import Busy
-from pipelines.settings import Settings
+from pipelines.settings import BadSettings, read_settings
 
 if TYPE_CHECKING:
     from pipelines.additions import Added
@@ -64,7 +65,7 @@ def ingest(
     With --add: what is in training or test already, nearly a test image, blank or unreadable is refused, row by row;
     the rest makes a new data version, told in data-changelog.yaml. docs/data.md says more.
     """
-    settings = Settings()
+    settings = read_settings()
     if add is None:
         from pipelines.ingest import ingest as run_ingest
 
@@ -107,7 +108,7 @@ def release(as_json: Json = False) -> None:
     """
     from pipelines.release import release as run_release
 
-    raise typer.Exit(run_release(Settings(), as_json=as_json))
+    raise typer.Exit(run_release(read_settings(), as_json=as_json))
 
 
 @app.command()
@@ -116,7 +117,7 @@ def publish() -> None:
     from pipelines import recovery
     from pipelines.publish import publish as run_publish
 
-    settings = Settings()
+    settings = read_settings()
     recovery.complete(settings, tell=_tell)
     done = run_publish(settings, tell=_tell)
     print(f"version {done.version.number} {'published' if done.new else 'holds these weights already'}")
@@ -140,7 +141,7 @@ def history(
         kinds = [ledger.Kind(name) for name in kind or ()]
     except ValueError as err:
         raise typer.BadParameter(f"{err}; expected one of: {', '.join(ledger.Kind)}", param_hint="--kind") from err
-    settings = Settings()
+    settings = read_settings()
     recovery.complete(settings, tell=_tell)
     entries = ledger.read(settings, kinds=kinds, limit=limit)
     if as_json:
@@ -158,7 +159,7 @@ def show(version: VersionNumber, as_json: Json = False) -> None:
     from pipelines.history import account_of, print_account
     from pipelines.text import print_json
 
-    account = account_of(Settings(), version, tell=_tell)
+    account = account_of(read_settings(), version, tell=_tell)
     if as_json:
         print_json(account.as_json())
     else:
@@ -171,7 +172,7 @@ def promote(version: VersionNumber, note: Note = "", as_json: Json = False) -> N
     from pipelines import recovery
     from pipelines.promotion import promote as run_promote
 
-    settings = Settings()
+    settings = read_settings()
     _report(run_promote(settings, version, note=note, tell=_tell), as_json)
     recovery.complete(settings, tell=_tell)
 
@@ -186,7 +187,7 @@ def rollback(
     from pipelines import recovery
     from pipelines.promotion import rollback as run_rollback
 
-    settings = Settings()
+    settings = read_settings()
     _report(run_rollback(settings, to, note=note, tell=_tell), as_json)
     recovery.complete(settings, tell=_tell)
 
@@ -200,7 +201,7 @@ def reproduce(version: VersionNumber, as_json: Json = False) -> None:
     from pipelines.reproduce import reproduce as run_reproduce
     from pipelines.text import print_json
 
-    done = run_reproduce(Settings(), version, tell=_tell, terminal=sys.stderr)
+    done = run_reproduce(read_settings(), version, tell=_tell, terminal=sys.stderr)
     if as_json:
         print_json(asdict(done))
     else:
@@ -218,7 +219,7 @@ def prune(
     from pipelines.prune import prune as run_prune
     from pipelines.text import print_json
 
-    done = run_prune(Settings(), keep, dry_run=dry_run, tell=_tell)
+    done = run_prune(read_settings(), keep, dry_run=dry_run, tell=_tell)
     if as_json:
         print_json({"removed": done.removed, "kept": done.kept, "dry_run": dry_run})
         return
@@ -260,7 +261,7 @@ def score(
 
     raise typer.Exit(
         run_score(
-            Settings(),
+            read_settings(),
             source,
             output,
             through=through.value,
@@ -281,7 +282,7 @@ def maintain(
     """Back up the ledger, remove old versions, and what nothing refers to in DVC's cache. Not while a release works."""
     from pipelines.maintain import maintain as run_maintain
 
-    raise typer.Exit(run_maintain(Settings(), keep, as_json=as_json))
+    raise typer.Exit(run_maintain(read_settings(), keep, as_json=as_json))
 
 
 @app.command()
@@ -289,7 +290,7 @@ def restore(backup: Annotated[Path, typer.Argument(help="A file of run/backups/.
     """Put the rows of a backup back into the ledger; those that are there stay as they are."""
     from pipelines.backup import restore as run_restore
 
-    print(f"{run_restore(Settings(), backup):,} rows are in the ledger")
+    print(f"{run_restore(read_settings(), backup):,} rows are in the ledger")
 
 
 @app.command()
@@ -300,7 +301,15 @@ def schedule(
     """Release at set times, one at a time, until stopped. For a lasting schedule set PREFECT_API_URL to a server."""
     from pipelines.schedule import schedule as run_schedule
 
-    run_schedule(Settings(), cron, name)
+    run_schedule(read_settings(), cron, name)
+
+
+@app.command(hidden=True)
+def ensure_serving_config() -> None:
+    """Write models.config where there is none, from what is published: what a container does before all else."""
+    from pipelines import serving_config
+
+    serving_config.ensure(read_settings())
 
 
 @app.command()
@@ -312,7 +321,7 @@ def run(
     """Everything, in the foreground until Ctrl-C: release if anything changed, model server, gateway. `make run`."""
     from pipelines.run import run as run_all
 
-    raise typer.Exit(run_all(Settings(), skip_release=skip_release))
+    raise typer.Exit(run_all(read_settings(), skip_release=skip_release))
 
 
 @app.command()
@@ -323,7 +332,7 @@ def metrics(
     """How releases go, for Prometheus: the ledger, Prefect's runs (PREFECT_API_URL), the disks. Changes nothing."""
     from pipelines.metrics import serve
 
-    serve(Settings(), host, port)
+    serve(read_settings(), host, port)
 
 
 def _report(done: "Promotion", as_json: bool) -> None:
@@ -343,11 +352,22 @@ def _report(done: "Promotion", as_json: bool) -> None:
 def main() -> None:
     """Run the command; an expected error is one line. See ``Exit`` for the exit codes."""
     gc.set_threshold(100_000)  # most of a short command is imports, and a tenth of those would be looking for garbage
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except TyperException as err:
+        _tell(f"error: {err.format_message()}; --help says what is expected")
+        sys.exit(Exit.USAGE)
     except DigitsError as err:
         _tell(f"error: {err}")
-        sys.exit(Exit.BUSY if isinstance(err, Busy) else Exit.FAILED)
+        sys.exit(_exit_code(err))
+
+
+def _exit_code(err: DigitsError) -> Exit:
+    if isinstance(err, BadSettings):
+        return Exit.USAGE
+    return Exit.BUSY if isinstance(err, Busy) else Exit.FAILED
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from enum import IntEnum
 
 
 class Exit(IntEnum):
-    """How a command ended. Any other failure is 1, with one line on stderr that says why; wrong usage is 2."""
+    """How a command ended. Any other failure is 1, with one line on stderr that says why."""
 
     DONE = 0
     FAILED = 1
+    USAGE = 2
+    """Wrong usage, or a setting (``DIGITS_*``) that cannot be used; one line on stderr says what."""
     REJECTED = 3
     """The gate rejected the candidate: nothing is broken, and nothing was published."""
     DIFFERS = 4

@@ -7,6 +7,7 @@ Prefect is still being imported, on a leash. Its database is kept in ``.prefect/
 """
 
 import contextlib
+import http.client
 import os
 import socket
 import subprocess
@@ -51,13 +52,17 @@ def prepare_environment(settings: Settings) -> None:
 def server(settings: Settings, *, with_services: bool = False) -> Iterator[None]:
     """A Prefect server while the block runs: the one PREFECT_API_URL names, or a temporary one of ours.
 
-    On entry the temporary one is only started; ``wait_until_ready`` waits for it.
+    On entry the named one has answered; the temporary one is only started, and ``wait_until_ready`` waits for it.
 
     Args:
         settings: where, and the port for the browser.
         with_services: also what a lasting server has: the scheduler, and the UI on ``settings.prefect_port``.
+
+    Raises:
+        PrefectUnavailable: the named one does not answer in time.
     """
     if os.environ.get("PREFECT_API_URL"):
+        _wait(settings.prefect_answer_timeout_s)  # before Prefect is imported, which takes seconds
         yield
         return
     with _listener(settings.prefect_port if with_services else 0) as listener:
@@ -134,13 +139,17 @@ def _send_the_rest() -> None:
 
 
 def wait_until_ready(settings: Settings) -> None:
-    """Wait until the server answers.
+    """Wait until the server of ``server`` answers.
 
     Raises:
         PrefectUnavailable: it does not, in time.
     """
+    _wait(settings.prefect_start_timeout_s)
+
+
+def _wait(limit_s: float) -> None:
     url = os.environ["PREFECT_API_URL"].rstrip("/") + "/health"
-    deadline = time.monotonic() + settings.prefect_start_timeout_s
+    deadline = time.monotonic() + limit_s
     problem = "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -151,10 +160,14 @@ def wait_until_ready(settings: Settings) -> None:
             problem = f"answers {err.code}"
         except OSError as err:
             problem = str(getattr(err, "reason", err))
+        except (ValueError, http.client.HTTPException) as err:
+            raise PrefectUnavailable(
+                f"PREFECT_API_URL: expected an address such as http://127.0.0.1:4200/api ({err})"
+            ) from err
         time.sleep(0.2)
     raise PrefectUnavailable(
-        f"expected a Prefect server at {url} within {settings.prefect_start_timeout_s:.0f} s; {problem}. Check "
-        "PREFECT_API_URL, or unset it to use a temporary server"
+        f"expected a Prefect server at {url} within {limit_s:.0f} s; {problem}. Check PREFECT_API_URL, or unset it to "
+        "use a temporary server"
     )
 
 

@@ -1,15 +1,23 @@
 """Settings of the pipelines: environment variables ``DIGITS_*``. What changes the model is in ``params.yaml``."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
 
 from digits import contract
+from digits.errors import DigitsError
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class BadSettings(DigitsError):
+    """A ``DIGITS_*`` variable holds something that cannot be used."""
+
+    code = "bad_settings"
 
 
 class Settings(BaseSettings):
@@ -97,7 +105,10 @@ class Settings(BaseSettings):
     """How long to wait for another publisher to finish, or for DVC's lock to be free."""
 
     prefect_start_timeout_s: Seconds = 120.0
-    """How long the temporary Prefect server may take to start. Not used when PREFECT_API_URL names a server."""
+    """How long the temporary Prefect server may take to start."""
+
+    prefect_answer_timeout_s: Seconds = 10.0
+    """How long a server that PREFECT_API_URL names may take to answer; more where it starts at the same time."""
 
     prefect_port: Port = 4200
     """Where `pipelines schedule` shows Prefect's UI, when it runs a server of its own. Taken: any free port."""
@@ -147,3 +158,26 @@ class Settings(BaseSettings):
     def run_dir(self) -> Path:
         """Locks, logs and half-done downloads. Never versioned."""
         return self.project / "run"
+
+
+def read_settings() -> Settings:
+    """Read the environment.
+
+    Raises:
+        BadSettings: one line that names each bad variable, what it holds and what is expected.
+    """
+    try:
+        settings = Settings()
+    except ValidationError as err:
+        raise BadSettings("; ".join(map(_one, err.errors(include_url=False, include_context=False)))) from err
+    except SettingsError as err:  # the one that is a list
+        raise BadSettings("DIGITS_MIRRORS: expected a JSON list of addresses") from err
+    if not settings.project.is_dir():
+        raise BadSettings(f"DIGITS_PROJECT={str(settings.project)!r}: expected the folder that holds dvc.yaml")
+    return settings
+
+
+def _one(error: Any) -> str:
+    name = "DIGITS_" + str(error["loc"][0]).upper()
+    value = "…" if name in {"DIGITS_LEDGER_URL", "DIGITS_NOTIFY_URL"} else repr(error["input"])
+    return f"{name}={value}: {error['msg']}"

@@ -19,6 +19,7 @@ OUTPUT = ROOT / "test-output"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
     parser.addoption("--stack", action="store_true", help="also run the container stack; needs Docker")
+    parser.addoption("--restart-engine", metavar="COMMAND", help="with --stack: what restarts Docker on this machine")
 
 
 _WITH_PREFECT = {f"tests/pipelines/test_{name}.py" for name in ("release", "maintenance", "deployments")}

@@ -19,11 +19,12 @@ import uvloop
 
 from digits.errors import DigitsError
 from serving.gateway.logs import Logs, take_over_library_logs
+from serving.gateway.preflight import await_upstream
 from serving.gateway.settings import BadSettings, Settings, read_settings
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT, then drain. Returns the exit status: 0, 1 (cannot listen), 2 (bad setting)."""
+    """Serve until SIGTERM or SIGINT, then drain. Returns the exit status: 0, 1 (cannot start), 2 (bad setting)."""
     asked = _parse(arguments)
     try:
         return _make_key(asked.name, asked.stdin) if asked.command == "make-key" else _run(asked.worker)
@@ -44,6 +45,8 @@ def _run(worker: tuple[int, int, int] | None) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     _allow_many_connections()
     try:
+        if worker is None:
+            await_upstream(settings)
         if several and worker is None:
             from serving.gateway.supervisor import Supervisor  # here only: it loads nothing that answers requests
 

@@ -12,7 +12,7 @@ from serving.gateway.pictures import Pictures
 from serving.gateway.predictor import Answer, Predictor
 from serving.gateway.settings import Settings
 from serving.gateway.tls import upstream_credentials
-from serving.gateway.upstream import Upstream
+from serving.gateway.upstream import Availability, Upstream
 from serving.gateway.worker import Control
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+/=@-]{0,127}")
@@ -48,6 +48,8 @@ class Gateway:
             settings.model_label,
             upstream_credentials(settings),
         )
+        self.upstream.on_change(self._say_availability)
+        self._was_ready: bool | None = None
         self.pictures = Pictures(self.metrics, settings.decode_threads, settings.max_waiting_decodes)
         self.predictor = Predictor(
             self.upstream.predict,
@@ -58,6 +60,14 @@ class Gateway:
             max_wait_s=settings.max_wait_s,
             max_burst_s=settings.max_burst_s,
         )
+
+    def _say_availability(self, now: Availability) -> None:
+        if now.ready != self._was_ready:
+            self._was_ready = now.ready
+            if now.ready:
+                self.log.info("model_server_ready", versions=list(now.versions))
+            else:
+                self.log.warning("model_server_away", reason=now.reason)
 
     async def classify(self, data: bytes, deadline: float) -> Answer:
         """Read the digit in a picture or 784 raw bytes. The adapters' own way in; REST unrolls it on its lean path.

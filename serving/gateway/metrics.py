@@ -83,6 +83,8 @@ class Metrics:
         self._upstream_errors = self._counter("digits_upstream_errors", "Failed model server calls, by code.", ["code"])
         self._retries = self._counter("digits_upstream_retries", "Calls to the model server that were sent again.")
         self._refusals = self._counter("digits_breaker_refusals", "Calls that the breaker did not let go upstream.")
+        # The supervisor's to count, and added to this: there with one process too, or the alert would be about nothing.
+        self._counter("digits_worker_crashes", "Worker processes that ended without being told to.")
         self._upstream_s = self._histogram(
             "digits_upstream_duration_seconds", "Time of one model server call that succeeded.", DURATION_BUCKETS_S
         )

@@ -64,6 +64,10 @@ class Settings(BaseSettings):
     upstream: Annotated[str, AfterValidator(_address)] = "127.0.0.1:8500"
     """The model server's gRPC address: ``host:port``, or ``dns:///name:port`` to spread calls over several."""
 
+    upstream_wait_s: Positive | None = None
+    """How long to wait at the start until something listens at that address, before the gateway's own ports open; then
+    it ends with an error. Unset: it starts at once, and ``/readyz`` says what is missing until there is one."""
+
     model_label: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")] = ""
     """Label of the model version that answers requests which name none, such as ``stable``; empty for the newest
     version. While the model server does not know the label, the newest answers."""

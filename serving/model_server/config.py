@@ -67,6 +67,25 @@ def read_file(path: Path) -> list[ModelConfig]:
     return from_proto(_read("model_config_file", path, model_server_config_pb2.ModelServerConfig()))
 
 
+def require_folders(models: list[ModelConfig], flags: Flags) -> None:
+    """A wrong path is said at the start; the original waits, and says in its log that it does.
+
+    The folder of ``--model_base_path`` must exist, though no version need be in it yet. One that a configuration file
+    names may yet be made by a first release, so there its parent must exist.
+
+    Raises:
+        UsageError: one does not.
+    """
+    flag = "--model_config_file" if flags.model_config_file else "--model_base_path"
+    for model in models:
+        wanted = model.base_path.parent if flags.model_config_file else model.base_path
+        if not wanted.is_dir():
+            raise UsageError(
+                f"model {model.name!r}: base path {model.base_path}: expected a folder that holds a folder a version, "
+                f"and there is no {wanted}; check {flag}, or mount it"
+            )
+
+
 @dataclass(frozen=True)
 class Batching:
     """How calls are joined. Sizes count rows. The defaults are TensorFlow Serving's."""

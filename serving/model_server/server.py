@@ -31,13 +31,14 @@ class Server:
         """Read the configuration and bind the ports.
 
         Raises:
-            UsageError: see ``config.from_flags`` and ``listeners``.
+            UsageError: see ``config`` and ``listeners``.
         """
         self._flags = flags
         self._models = config.from_flags(flags)
         self._batching = config.read_batching(flags)
         self._metrics_path = config.read_metrics_path(flags)
         tls = config.read_tls(flags)
+        config.require_folders(self._models, flags)
         self._health = Health()
         self._stop = threading.Event()
         self._loaded = False

@@ -252,6 +252,23 @@ def test_what_is_referred_to_is_there(overlay: list[Resource], request: pytest.F
         assert wanted <= there, resource["metadata"]["name"]
 
 
+def test_production_asks_for_api_keys_and_only_the_gateway_has_them(production: list[Resource]) -> None:
+    """The settings name a file that the generated secret puts there; no other secret comes with it."""
+    pod = named(production, "Deployment", "gateway")["spec"]["template"]["spec"]
+    environment = {variable["name"]: variable["value"] for variable in pod["containers"][0]["env"]}
+    assert set(environment) == {"DIGITS_API_KEYS_FILE", "DIGITS_REQUIRE_KEYS"}
+    (mount,) = [m for m in pod["containers"][0]["volumeMounts"] if m["name"] == "api-keys"]
+    (volume,) = [v["secret"] for v in pod["volumes"] if v["name"] == "api-keys"]
+    (item,) = volume["items"]
+    assert f"{mount['mountPath']}/{item['path']}" == environment["DIGITS_API_KEYS_FILE"]
+    secret = named(production, "Secret")
+    assert volume["secretName"] == secret["metadata"]["name"]
+    assert item["key"] in secret["data"]
+    for resource, spec, _ in pods(production):
+        keys = [i["key"] for v in spec.get("volumes", []) if "secret" in v for i in v["secret"]["items"]]
+        assert ("api_keys" in keys) == (resource["metadata"]["name"] == "gateway")
+
+
 def test_services_budgets_scalers_and_policies_point_at_something(overlay: list[Resource]) -> None:
     """A selector with a typo selects nothing, and says nothing. Releases' pods are the worker's to make."""
     labels = [labels for _, _, labels in pods(overlay)] + [RELEASE_LABELS]

@@ -426,7 +426,7 @@ def test_schedule_that_cron_does_not_know_is_refused(toy: Path, prefect_url: str
 def test_prefect_server_that_is_not_there_is_named(toy: Path) -> None:
     """With the setting to look at."""
     done = run(
-        toy, "pipelines", "release", PREFECT_API_URL="http://127.0.0.1:9/api", DIGITS_PREFECT_START_TIMEOUT_S="1"
+        toy, "pipelines", "release", PREFECT_API_URL="http://127.0.0.1:9/api", DIGITS_PREFECT_ANSWER_TIMEOUT_S="1"
     )
     assert done.returncode == 1
     assert "expected a Prefect server at http://127.0.0.1:9/api/health within 1 s" in done.stderr
@@ -440,5 +440,31 @@ def test_help_explains_each_command(command: str, toy: Path) -> None:
     assert len(done.stdout.splitlines()) > 5
 
 
-def test_wrong_usage_exits_with_2(toy: Path) -> None:
-    assert run(toy, "pipelines", "relaese").returncode == 2
+@pytest.mark.parametrize(
+    ("words", "environment", "line"),
+    [
+        (["relaese"], {}, "relaese"),
+        (["metrics", "--port", "70000"], {}, "--port"),
+        (["history"], {"DIGITS_REST_PORT": "many"}, "DIGITS_REST_PORT='many'"),
+        (["history"], {"DIGITS_PROJECT": "/no/such/folder"}, "DIGITS_PROJECT='/no/such/folder'"),
+        (["release"], {"DIGITS_MIRRORS": "http://mirror"}, "DIGITS_MIRRORS"),
+    ],
+)
+def test_wrong_usage_and_bad_settings_are_one_line_and_exit_code_2(
+    toy: Path, words: list[str], environment: dict[str, str], line: str
+) -> None:
+    """What came and what is expected; nothing is made or changed."""
+    done = run(toy, "pipelines", *words, **environment)
+    assert done.returncode == 2
+    assert line in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (toy / "run").exists()
+
+
+@pytest.mark.parametrize("url", ["nonsense", "http://127.0.0.1:many/api"])
+def test_prefect_address_that_is_none_is_refused(toy: Path, url: str) -> None:
+    done = run(toy, "pipelines", "release", PREFECT_API_URL=url)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: PREFECT_API_URL: expected an address such as")
+    assert len(done.stderr.splitlines()) == 1

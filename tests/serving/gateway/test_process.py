@@ -129,6 +129,41 @@ def test_a_port_in_use_is_one_line_and_status_1(name: str) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("target", ["127.0.0.1:9", "dns:///no-such-host.invalid:8500", "unix:/no/such.sock"])
+def test_a_model_server_out_of_reach_is_one_line_and_status_1_where_that_is_wished(target: str, workers: str) -> None:
+    """The line names address, reason and setting. Without ``DIGITS_UPSTREAM_WAIT_S`` the gateway starts and waits."""
+    ended = run(DIGITS_UPSTREAM=target, DIGITS_UPSTREAM_WAIT_S="0.3", DIGITS_REST_PORT="0", DIGITS_WORKERS=workers)
+    assert ended.returncode == 1
+    [line] = ended.stderr.splitlines()
+    assert line.startswith(f"gateway: DIGITS_UPSTREAM='{target}': expected a model server there within 0.3 s (")
+    assert ended.stdout == ""
+
+
+def test_a_model_server_that_comes_in_time_lets_the_gateway_start(upstream: TestUpstream) -> None:
+    """And the log says when there is one."""
+    process = Process(upstream.target, DIGITS_UPSTREAM_WAIT_S="30", DIGITS_STATUS_POLL_S="0.05")
+    try:
+        process.wait_ready()
+        eventually(lambda: "model_server_ready" in process.events())
+    finally:
+        process.popen.terminate()
+        process.end()
+
+
+def test_the_log_says_when_there_is_no_model_server() -> None:
+    """Once, with the reason; the gateway goes on waiting."""
+    process = Process("127.0.0.1:9", DIGITS_STATUS_POLL_S="0.05")
+    try:
+        eventually(lambda: "model_server_away" in process.events())
+        [line] = [line for line in process.lines if line["event"] == "model_server_away"]
+        assert "127.0.0.1:9" in line["reason"]
+        assert httpx.get(process.url + "/healthz").status_code == 200
+    finally:
+        process.popen.terminate()
+        process.end()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_an_idle_gateway_ends_with_status_0(process: Process, number: int) -> None:
     """Both signals drain; the last line says so."""

@@ -4,6 +4,8 @@ import datetime
 import ipaddress
 import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,7 @@ from cryptography.x509.oid import NameOID
 
 from serving.client import GatewayUnreachable, GrpcClient, RestClient
 from serving.gateway.settings import Settings
+from tests.conftest import ROOT
 from tests.serving.gateway.conftest import Here, LoopThread, eventually
 from tests.serving.gateway.test_process import run
 from tests.serving.gateway.upstream_server import TestUpstream
@@ -114,6 +117,27 @@ def test_both_ports_speak_tls_and_nothing_else(start: Callable[..., Here], autho
     old.maximum_version = ssl.TLSVersion.TLSv1_1
     with pytest.raises((httpx.ConnectError, ssl.SSLError)):
         httpx.get(here.url.replace("http://", "https://") + "/healthz", verify=old)
+
+
+@pytest.mark.parametrize("mutual", [False, True], ids=["tls", "mutual tls"])
+def test_the_images_health_check_speaks_tls_where_the_gateway_does(
+    start: Callable[..., Here], authority: Authority, mutual: bool
+) -> None:
+    """One health check for both: it goes by the gateway's own setting. Nobody there is one line."""
+    more = {"tls_client_ca_file": authority.file} if mutual else {}
+    pair = authority.pair("gateway")
+    here = start_tls(start, pair, **more)
+    url = here.url.replace("https://", "http://") + "/readyz"
+    assert check_health(url, DIGITS_TLS_CERT_FILE=str(pair.cert)) == (0, "")
+    assert check_health(url)[0] == 1
+    code, words = check_health("http://127.0.0.1:9/readyz", DIGITS_TLS_CERT_FILE=str(pair.cert))
+    assert (code, words.splitlines()) == (1, ["https://127.0.0.1:9/readyz: [Errno 111] Connection refused"])
+
+
+def check_health(url: str, **environment: str) -> tuple[int, str]:
+    command = [sys.executable, ROOT / "docker" / "health.py", url]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, done.stderr
 
 
 def test_a_handshake_that_takes_too_long_is_cut_off(start: Callable[..., Here], authority: Authority) -> None:

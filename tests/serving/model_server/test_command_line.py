@@ -26,6 +26,7 @@ from serving.model_server.errors import UsageError
         (["--model_base_path=/m", "--use_alts_credentials"], "ALTS"),
         (["--model_base_path=/m", "--ssl_config_file=/does/not/exist"], "--ssl_config_file /does/not/exist"),
         (["--model_config_file=/does/not/exist"], "/does/not/exist"),
+        (["--model_base_path=/does/not/exist"], "base path /does/not/exist: expected a folder"),
     ],
 )
 def test_an_unusable_command_line_ends_with_one_line_and_a_nonzero_status(run_command, arguments, says):
@@ -35,6 +36,18 @@ def test_an_unusable_command_line_ends_with_one_line_and_a_nonzero_status(run_co
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert says in result.stderr
+
+
+def test_a_configuration_file_may_name_a_folder_that_a_first_release_will_make(run_command, tmp_path):
+    """But not one in a folder that is not there, which is a path misspelt or a volume not mounted."""
+    file = tmp_path / "models.config"
+    file.write_text(f'model_config_list {{ config {{ name: "a" base_path: "{tmp_path}/no/such" }} }}')
+    result = run_command(f"--model_config_file={file}")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert f"there is no {tmp_path}/no; check --model_config_file" in result.stderr
+    file.write_text(f'model_config_list {{ config {{ name: "a" base_path: "{tmp_path}/yet" }} }}')
+    settings = flags.parse([f"--model_config_file={file}"])
+    config.require_folders(config.from_flags(settings), settings)
 
 
 @pytest.mark.parametrize("flag", ["port", "rest_api_port"])
