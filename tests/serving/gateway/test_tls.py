@@ -119,19 +119,25 @@ def test_both_ports_speak_tls_and_nothing_else(start: Callable[..., Here], autho
         httpx.get(here.url.replace("http://", "https://") + "/healthz", verify=old)
 
 
-@pytest.mark.parametrize("mutual", [False, True], ids=["tls", "mutual tls"])
+@pytest.mark.parametrize("clients", ["", "ours", "stranger"])
 def test_the_images_health_check_speaks_tls_where_the_gateway_does(
-    start: Callable[..., Here], authority: Authority, mutual: bool
+    start: Callable[..., Here], authority: Authority, stranger: Authority, clients: str
 ) -> None:
-    """One health check for both: it goes by the gateway's own setting. Nobody there is one line."""
-    more = {"tls_client_ca_file": authority.file} if mutual else {}
+    """It goes by the gateway's settings. With mutual TLS it shows the gateway's certificate; a refusal is an answer."""
     pair = authority.pair("gateway")
-    here = start_tls(start, pair, **more)
+    files = {"tls_cert_file": pair.cert, "tls_key_file": pair.key}
+    if clients:
+        files["tls_client_ca_file"] = (authority if clients == "ours" else stranger).file
+    here = start_tls(start, pair, **{name: file for name, file in files.items() if "client" in name})
     url = here.url.replace("https://", "http://") + "/readyz"
-    assert check_health(url, DIGITS_TLS_CERT_FILE=str(pair.cert)) == (0, "")
+    environment = {f"DIGITS_{name.upper()}": str(file) for name, file in files.items()}
+    assert check_health(url, **environment) == (0, "")
     assert check_health(url)[0] == 1
-    code, words = check_health("http://127.0.0.1:9/readyz", DIGITS_TLS_CERT_FILE=str(pair.cert))
+    code, words = check_health("http://127.0.0.1:9/readyz", **environment)
     assert (code, words.splitlines()) == (1, ["https://127.0.0.1:9/readyz: [Errno 111] Connection refused"])
+    if clients != "stranger":
+        here.gateway.draining = True
+        assert check_health(url, **environment)[0] == 1
 
 
 def check_health(url: str, **environment: str) -> tuple[int, str]:
