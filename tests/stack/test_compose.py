@@ -265,7 +265,7 @@ DATABASE = ["--env", "PREFECT_SERVER_DATABASE_HOST=127.0.0.1"]
         # a secret that is missing
         (GATEWAY, ["--env", "DIGITS_API_KEYS_FILE=/run/none"], [], "DIGITS_API_KEYS_FILE='/run/none'"),
         (GATEWAY, ["--env", "DIGITS_REQUIRE_KEYS=true"], [], "DIGITS_API_KEYS_FILE"),
-        (MODEL_SERVER, ["--tmpfs", "/models/digits"], ["--ssl_config_file=/run/none"], "/run/none"),
+        (MODEL_SERVER, [], ["--model_base_path=/tmp", "--ssl_config_file=/run/none"], "/run/none"),
         (PIPELINE, ["--env", "PREFECT_SERVER_DATABASE_PASSWORD_FILE=/run/none"], ["prefect-server"], "/run/none"),
         # a model path that is wrong
         (MODEL_SERVER, [], [], "/models/digits"),
@@ -297,9 +297,8 @@ def test_a_bad_configuration_is_one_line_and_an_exit_code(
     [
         (GATEWAY, ["--env", "DIGITS_REST_PORT={port}"], []),
         (GATEWAY, ["--env", "DIGITS_REST_PORT=0", "--env", "DIGITS_GRPC_PORT={port}"], []),
-        (MODEL_SERVER, ["--tmpfs", "/models/digits"], ["--port={port}", "--model_base_path=/models/digits"]),
-        (MODEL_SERVER, ["--tmpfs", "/models/digits"],
-         ["--port=0", "--rest_api_port={port}", "--model_base_path=/models/digits"]),
+        (MODEL_SERVER, [], ["--model_base_path=/tmp", "--port={port}"]),
+        (MODEL_SERVER, [], ["--model_base_path=/tmp", "--port=0", "--rest_api_port={port}"]),
         (PIPELINE, ["--env", "PREFECT_SERVER_API_PORT={port}"], ["prefect-server"]),
         (PIPELINE, [], ["metrics", "--port", "{port}"]),
     ],
