@@ -62,12 +62,12 @@ class Gateway:
         )
 
     def _say_availability(self, now: Availability) -> None:
-        if now.ready != self._was_ready:
-            self._was_ready = now.ready
-            if now.ready:
-                self.log.info("model_server_ready", versions=list(now.versions))
-            else:
-                self.log.warning("model_server_away", reason=now.reason)
+        """A change to ready or away. What a worker finds as it starts goes without saying when all is well."""
+        was, self._was_ready = self._was_ready, now.ready
+        if now.ready and (was is False or (was is None and self.control is None)):
+            self.log.info("model_server_ready", versions=list(now.versions))
+        elif was is not False and not now.ready:
+            self.log.warning("model_server_away", reason=now.reason)
 
     async def classify(self, data: bytes, deadline: float) -> Answer:
         """Read the digit in a picture or 784 raw bytes. The adapters' own way in; REST unrolls it on its lean path.
