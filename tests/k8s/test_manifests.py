@@ -384,6 +384,28 @@ def test_each_training_worker_knows_its_place(built: dict[str, list[Resource]]) 
         assert config["cluster"]["worker"] == peers
 
 
+def test_the_worker_serves_the_pool_that_the_deployments_name(built: dict[str, list[Resource]]) -> None:
+    """prefect.yaml, the pool that the worker makes, the pool that it polls: one name; only variables the job has."""
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    pools = [one["work_pool"] for one in deployments if one["name"] == "kubernetes"]
+    assert {pool["name"] for pool in pools} == {"digits-kubernetes"}
+    template = json.loads((ROOT / "k8s" / "base" / "job-template.json").read_text())
+    for pool in pools:
+        assert set(pool["job_variables"]) <= set(template["variables"]["properties"])
+        assert pool["job_variables"]["image"] == "{{ $DIGITS_PIPELINE_IMAGE }}"
+    for overlay in ("overlays/local", "overlays/production"):
+        pod = named(built[overlay], "Deployment", "prefect-worker")["spec"]["template"]["spec"]
+        pool, deploy = pod["initContainers"]
+        (worker,) = pod["containers"]
+        assert pool["args"][:5] == ["prefect", "work-pool", "create", "digits-kubernetes", "--type=kubernetes"]
+        assert deploy["args"][-2:] == ["--name", "kubernetes"]
+        assert "--pool=digits-kubernetes" in worker["args"]
+        assert deploy["env"] == [{"name": "DIGITS_PIPELINE_IMAGE", "value": worker["image"]}]
+        assert {one["job_variables"]["namespace"] for one in pools} == {
+            named(built[overlay], "Namespace")["metadata"]["name"]
+        }
+
+
 def test_the_job_of_a_release_is_valid_and_restricted() -> None:
     """job-template.json, filled in by Prefect's own worker, is a Job that the namespace and the policies admit."""
     code = """
