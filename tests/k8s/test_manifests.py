@@ -20,6 +20,7 @@ from serving.gateway.schema import ROUTES
 from serving.gateway.settings import Settings
 from serving.model_server.flags import parse
 from tests.conftest import ROOT, clean_environment
+from tests.docs.commands import documented
 
 OVERLAYS = ("overlays/local", "overlays/embedded", "overlays/production", "overlays/kserve", "jobs/training")
 OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()  # 1.30 is the first with preStop's sleep on
@@ -39,14 +40,14 @@ Resource = dict[str, Any]
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Resource]]:
-    """Every overlay's resources, with made-up secrets, from a copy of the folders that kustomize reads."""
+    """Every overlay's resources, with secrets made as k8s/README.md says, from a copy of what kustomize reads."""
     if not shutil.which("kubectl"):
         pytest.skip("needs kubectl (1.27 or newer)")
     root = tmp_path_factory.mktemp("kustomize")
     for folder in ("k8s", "docker/tensorflow-serving"):
         shutil.copytree(ROOT / folder, root / folder)
-    for name in ("postgres_password", "api_keys"):
-        (root / "k8s" / "secrets" / name).write_text("made-up")
+    for command in documented("tests/k8s/test_manifests.py::built"):  # k8s/README.md on secrets
+        subprocess.run(["bash", "-euc", command.text], cwd=root, check=True)
     return {overlay: build(root / "k8s" / overlay) for overlay in OVERLAYS}
 
 

@@ -22,46 +22,7 @@ from pipelines.dataset import digest_of
 from pipelines.ingest import add_batch, ingest
 from pipelines.settings import Settings
 from pipelines.transaction import Transaction
-from tests.conftest import ROOT
-from tests.pipelines.conftest import commit, environment_for, run
-
-TRAIN, TEST = 400, 200
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    path.write_bytes(idx_header(*array.shape) + np.ascontiguousarray(array, np.uint8).tobytes())
-
-
-@pytest.fixture(scope="session")
-def mnist(raw_data: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Training images and labels, test images and labels."""
-    names = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-    return tuple((read_images if "idx3" in name else read_labels)(raw_data / name) for name in names)  # type: ignore[return-value]
-
-
-@pytest.fixture(scope="session")
-def team_template(bare_template: Path, mnist: tuple, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose data is a team's own: the first 400 and 200 of the real digits, pinned in params.yaml."""
-    project = Path(shutil.copytree(bare_template, tmp_path_factory.mktemp("team") / "project"))
-    (project / "data").mkdir()
-    arrays = (mnist[0][:TRAIN], mnist[1][:TRAIN], mnist[2][:TEST], mnist[3][:TEST])
-    names = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-    params = (project / "params.yaml").read_text()
-    for name, array in zip(names, arrays, strict=True):
-        write_idx(project / "data" / name, array)
-        params = params.replace(digest_of(ROOT / "data" / name), digest_of(project / "data" / name))
-    params = params.replace("train_images: 60000", f"train_images: {TRAIN}")
-    (project / "params.yaml").write_text(params.replace("test_images: 10000", f"test_images: {TEST}"))
-    (project / "data.dvc").unlink()
-    with versioning.open_repo(Settings(project=project)) as repo:
-        versioning.record_data(repo, replace=True)
-    commit(project)
-    return project
-
-
-@pytest.fixture
-def team(team_template: Path, tmp_path: Path) -> Settings:
-    return Settings(project=Path(shutil.copytree(team_template, tmp_path / "project")))
+from tests.pipelines.conftest import TEST, TRAIN, environment_for, run, write_idx
 
 
 def npz(path: Path, images: np.ndarray, labels: np.ndarray) -> Path:

@@ -1,6 +1,7 @@
 """prefect.yaml: what `prefect deploy` makes of it, and a worker that runs it."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -50,16 +51,15 @@ def test_every_deployment_is_accepted_and_one_runs_at_a_time(toy: Path, prefect_
 def test_process_worker_releases_and_a_cancelled_run_leaves_nothing_half_done(toy: Path, prefect_url: str) -> None:
     """A run by the worker publishes; one cancelled in Prefect ends with its stage; the next one completes."""
     shutil.copy(ROOT / "prefect.yaml", toy)
-    httpx.post(f"{prefect_url}/work_pools/", json={"name": "digits-process", "type": "process"})
-    done = run(toy, "prefect", "--no-prompt", "deploy", "--name", "process", PREFECT_API_URL=prefect_url, PWD=str(toy))
-    assert done.returncode == 0, done.stdout + done.stderr
+    prefect(toy, prefect_url, "work-pool", "create", "digits-process", "--type", "process", "--overwrite")
+    prefect(toy, prefect_url, "deploy", "--name", "process")
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "digits-process"]
     environment = environment_for(toy, PREFECT_API_URL=prefect_url, PREFECT_WORKER_QUERY_SECONDS="1")
     worker = subprocess.Popen(command, cwd=toy, env=environment, start_new_session=True)
     try:
-        assert ended(prefect_url, start(prefect_url)) == "COMPLETED"
+        assert ended(prefect_url, start(toy, prefect_url)) == "COMPLETED"
         (toy / "weights.txt").write_text("slow")
-        cancelled = start(prefect_url)
+        cancelled = start(toy, prefect_url)
         deadline = time.monotonic() + 120
         while not (stages := [p for p in psutil.Process(worker.pid).children(recursive=True) if at_work(p)]):
             assert time.monotonic() < deadline
@@ -69,7 +69,7 @@ def test_process_worker_releases_and_a_cancelled_run_leaves_nothing_half_done(to
         assert ended(prefect_url, cancelled) == "CANCELLED"
         assert psutil.wait_procs(stages, timeout=30)[1] == []
         (toy / "weights.txt").write_text("second")
-        assert ended(prefect_url, start(prefect_url)) == "COMPLETED"
+        assert ended(prefect_url, start(toy, prefect_url)) == "COMPLETED"
         assert sorted(p.name for p in (toy / "models" / "digits").iterdir() if p.name.isdecimal()) == ["1", "2"]
     finally:
         worker.terminate()
@@ -79,10 +79,16 @@ def test_process_worker_releases_and_a_cancelled_run_leaves_nothing_half_done(to
             os.killpg(worker.pid, signal.SIGKILL)
 
 
-def start(prefect_url: str) -> str:
-    deployment = httpx.get(f"{prefect_url}/deployments/name/release/process").json()["id"]
-    body = {"state": {"type": "SCHEDULED"}}
-    return httpx.post(f"{prefect_url}/deployments/{deployment}/create_flow_run", json=body).json()["id"]
+def prefect(project: Path, url: str, *words: str) -> str:
+    """What the command says; the commands are those of docs/orchestration.md."""
+    done = run(project, "prefect", "--no-prompt", *words, PREFECT_API_URL=url, PWD=str(project))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def start(project: Path, prefect_url: str) -> str:
+    said = prefect(project, prefect_url, "deployment", "run", "release/process")
+    return re.search(r"UUID: ([0-9a-f-]{36})", said)[1]
 
 
 def ended(prefect_url: str, run_id: str) -> str:
