@@ -13,7 +13,7 @@ def test_an_experiment_tries_a_value_and_leaves_the_rest(toy: Path) -> None:
     commit(toy)
     done = run(toy, "dvc", "exp", "run", "-S", "train.learning_rate=0.002", "evaluate")
     assert done.returncode == 0, done.stderr
-    assert (toy / "params.yaml").read_text() == "train:\n  learning_rate: 0.002\n"
+    assert "learning_rate: 0.002" in (toy / "params.yaml").read_text()
     shown = run(toy, "dvc", "exp", "show", "--csv")
     rows = [line for line in shown.stdout.splitlines() if "0.002" in line]
     assert rows, shown.stdout + shown.stderr

@@ -101,9 +101,10 @@ def test_s3_bucket_serves_a_fresh_clone_and_is_cleaned_of_old_versions(
     """As docs/data.md says: configure, push, clone, ingest; damage is refused; gc keeps what is recorded."""
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
-    (toy / ".dvc" / "config.local").write_text(  # what the commands in docs/data.md write
-        f"[core]\nremote = team\n['remote \"team\"']\nurl = s3://team/digits\nendpointurl = {s3_url}\nverify = true\n"
-    )
+    dvc(toy, "remote", "add", "--default", "team", "s3://team/digits")
+    dvc(toy, "remote", "modify", "team", "verify", "true")
+    dvc(toy, "remote", "modify", "team", "endpointurl", s3_url)
+    dvc(toy, "remote", "modify", "--local", "team", "access_key_id", "digits")
     push(toy)
     s3 = s3_client(s3_url)
     assert len(stored(s3)) == 3  # images, labels, and the list of them
