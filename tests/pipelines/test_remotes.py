@@ -104,7 +104,8 @@ def test_s3_bucket_serves_a_fresh_clone_and_is_cleaned_of_old_versions(
     dvc(toy, "remote", "add", "--default", "team", "s3://team/digits")
     dvc(toy, "remote", "modify", "team", "verify", "true")
     dvc(toy, "remote", "modify", "team", "endpointurl", s3_url)
-    dvc(toy, "remote", "modify", "--local", "team", "access_key_id", "digits")
+    for key in ("access_key_id", "secret_access_key"):
+        dvc(toy, "remote", "modify", "--local", "team", key, "digits")
     push(toy)
     s3 = s3_client(s3_url)
     assert len(stored(s3)) == 3  # images, labels, and the list of them
