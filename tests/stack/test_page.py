@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
+from serving.gateway.auth import key_line, make_key
+from tests.serving.gateway.conftest import LoopThread, start_gateway, stop_gateway
 from tests.stack import strokes
 
 CHROMIUM = shutil.which("chromium")
@@ -408,3 +410,31 @@ def test_no_request_leaves_the_origin_and_the_browser_has_no_complaint(browser: 
     assert outside == []
     assert visit.complaints == []
     context.close()
+
+
+def test_a_page_that_is_refused_for_its_key_asks_for_one(browser: Browser, tmp_path: Path) -> None:
+    """Only then: the field is not there before. A wrong key is said to be wrong, a right one reads what was drawn."""
+    key = make_key()
+    (tmp_path / "keys").write_text(key_line("alice", key) + "\n")
+    here = start_gateway(LoopThread(), api_keys_file=tmp_path / "keys", require_keys=True)
+    context = browser.new_context(viewport={"width": 1280, "height": 920}, reduced_motion="reduce")
+    try:
+        visit = Visit(context, here.url + "/")
+        field = visit.page.get_by_label("API key")
+        expect(field).to_be_hidden()
+        visit.page.keyboard.press("3")
+        expect(field).to_be_focused()
+        assert visit.state() == "error"
+        visit.page.screenshot(path=OUTPUT / "page-key.png")
+        visit.page.keyboard.type("7" * 20)  # into the field, not the seventh sample
+        visit.page.keyboard.press("Enter")
+        expect(visit.page.get_by_text("That key was not accepted")).to_be_visible()
+        visit.page.locator("#key").fill(key)
+        visit.page.get_by_role("button", name="Use it").click()
+        expect(visit.page.locator("#answer")).to_have_attribute("data-state", "read")
+        expect(visit.page.locator("#key-form")).to_be_hidden()
+        assert visit.page.locator("#source").inner_text() == "sample 3"
+        assert key not in here.log_text()
+    finally:
+        context.close()
+        stop_gateway(here)

@@ -12,6 +12,7 @@ const PAUSE_MS = 60; // between two requests while drawing
 const TIMEOUT_MS = 10000;
 const MAX_FILE_BYTES = 20 * 1024 * 1024;
 const HELD = "image/"; // clipboard and drop items of this type are taken
+const KEY = "api-key"; // in sessionStorage: forgotten with the tab
 
 const $ = (id) => document.getElementById(id);
 const canvas = $("canvas");
@@ -189,7 +190,7 @@ async function classify() {
     response = await fetch("classify", {
       method: "POST",
       body: blob,
-      headers: { "Content-Type": blob.type || "application/octet-stream", Accept: "application/json" },
+      headers: { "Content-Type": blob.type || "application/octet-stream", Accept: "application/json", ...bearer() },
       signal: AbortSignal.timeout(TIMEOUT_MS),
     });
     body = await response.json().catch(() => null);
@@ -200,7 +201,11 @@ async function classify() {
     return waitUntilReady(late ? "The server is slow to answer." : "The server cannot be reached.");
   }
   const elapsed = performance.now() - started;
+  if (response.status === 401) askForKey(); // whatever is on the sheet by now
   if (isEmpty()) return showIdle(); // cleared meanwhile
+  if (response.status === 401) {
+    return showError("A key is needed", "This server answers those who have an API key.");
+  }
   if (response.ok && Array.isArray(body?.probabilities)) return showAnswer(body, elapsed, source);
   const code = body?.error?.code ?? "", message = body?.error?.message ?? `The server answered ${response.status}.`;
   if (response.status === 503 || response.status === 504) {
@@ -215,6 +220,31 @@ async function classify() {
   }
   showError({ bad_image: "No digit to read", too_large: "Too large a picture" }[code] ?? "That did not work", message);
 }
+
+// --- the key, where the server wants one ---
+
+const bearer = () => {
+  const key = sessionStorage.getItem(KEY);
+  return key ? { Authorization: `Bearer ${key}` } : {};
+};
+
+function askForKey() {
+  $("key-words").textContent = sessionStorage.getItem(KEY) ? "That key was not accepted." : "This server wants an API key.";
+  sessionStorage.removeItem(KEY);
+  if (!$("key-form").hidden) return;
+  $("key-form").hidden = false;
+  if (!stroke) $("key").focus(); // not while a digit is being drawn
+}
+
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const key = $("key").value.trim();
+  if (!key) return;
+  sessionStorage.setItem(KEY, key);
+  $("key").value = "";
+  $("key-form").hidden = true;
+  ask();
+});
 
 let waiting = false;
 
@@ -235,14 +265,14 @@ async function waitUntilReady(why) {
   if (!isEmpty()) ask();
 }
 
-/** "" when the model is ready (its version is then shown), otherwise a sentence that says why not. */
+/** "" when the model is ready (its version is shown if there is but one: which of several answers, an answer says), otherwise a sentence that says why not. */
 async function readiness() {
   try {
     const response = await fetch("readyz", { signal: AbortSignal.timeout(5000), headers: { Accept: "application/json" } });
     const body = await response.json().catch(() => ({}));
     if (response.ok) {
-      const newest = Math.max(...(body?.versions ?? []).map(Number));
-      setModel("ready", newest > 0 ? `Model version ${newest}` : "Model ready");
+      const versions = body?.versions ?? [];
+      setModel("ready", versions.length === 1 ? `Model version ${versions[0]}` : "Model ready");
       return "";
     }
     const why = [body?.error?.message, body?.error, body?.reason, body?.message, body?.detail].find((text) => typeof text === "string" && text);
@@ -406,6 +436,7 @@ $("clear").addEventListener("click", clear);
 $("undo").addEventListener("click", undo);
 
 document.addEventListener("keydown", (event) => {
+  if (event.target.id === "key") return; // a key is being typed in
   if ((event.ctrlKey || event.metaKey) && !event.altKey && !event.shiftKey && event.key.toLowerCase() === "z") {
     event.preventDefault();
     return undo();
