@@ -61,6 +61,7 @@ async def _serve(settings: Settings, logs: Logs) -> None:
     from serving.gateway.running import Running  # late: a supervisor does without
 
     stop = _told_to_stop()
+    _take_hangups(stop, logs)
     running = await Running.start(settings, logs)
     _settle()
     stopping = asyncio.create_task(stop.wait())
@@ -93,6 +94,20 @@ def _told_to_stop() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     return stop
+
+
+def _take_hangups(stop: asyncio.Event, logs: Logs) -> None:
+    """A terminal that closes ends this like Ctrl-C. Without one SIGHUP asks for new files: that takes two workers."""
+
+    def told() -> None:
+        logs.log.warning("hangup_ignored", hint="restart to read new files; with DIGITS_WORKERS=2 SIGHUP loses no call")
+
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, told)
+    else:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, stop.set)
 
 
 def _settle() -> None:

@@ -1,12 +1,14 @@
 """`python -m serving.gateway` as a process: start, settings, ports, SIGTERM."""
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,14 +35,22 @@ def run(**settings: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def _adopt_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Process:
-    def __init__(self, upstream: str, **settings: str) -> None:
+    def __init__(
+        self, upstream: str, *, new_session: bool = False, terminal: int | None = None, **settings: str
+    ) -> None:
         environment = {
             **os.environ, "DIGITS_REST_PORT": "0", "DIGITS_GRPC_PORT": "0", "DIGITS_UPSTREAM": upstream, **settings,
         }  # fmt: skip
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "serving.gateway"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-m", "serving.gateway"],
+            cwd=ROOT, env=environment, stdin=terminal, stdout=subprocess.PIPE, text=True, start_new_session=new_session,
+            preexec_fn=_adopt_terminal if terminal is not None else None,
+        )  # fmt: skip
         assert self.popen.stdout is not None
         self.first: dict[str, Any] = json.loads(self.popen.stdout.readline())
         self.url: str = self.first["rest"]
@@ -170,6 +180,29 @@ def test_an_idle_gateway_ends_with_status_0(process: Process, number: int) -> No
     process.popen.send_signal(number)
     assert process.end() == 0
     assert process.events()[-2:] == ["draining", "stopped"]
+
+
+def test_a_hangup_ends_nothing_but_what_a_terminal_started(upstream: TestUpstream) -> None:
+    """Without a terminal SIGHUP is ignored, with a word in the log; a terminal that closes drains."""
+    process = Process(upstream.target, new_session=True)
+    try:
+        process.wait_ready()
+        process.popen.send_signal(signal.SIGHUP)
+        eventually(lambda: "hangup_ignored" in process.events())
+        assert httpx.post(process.url + "/classify", content=bytes(784)).status_code == 200
+    finally:
+        process.popen.terminate()
+        assert process.end() == 0
+    ours, theirs = os.openpty()
+    in_terminal = Process(upstream.target, new_session=True, terminal=theirs)
+    os.close(theirs)
+    try:
+        in_terminal.wait_ready()
+        os.close(ours)
+        assert in_terminal.end() == 0
+        assert in_terminal.events()[-2:] == ["draining", "stopped"]
+    finally:
+        in_terminal.popen.kill()
 
 
 def test_sigterm_finishes_what_is_under_way_and_refuses_what_is_new(process: Process, upstream: TestUpstream) -> None:
