@@ -1,10 +1,14 @@
 """Versions are promoted and rolled back by a ``models.config`` that is rewritten while clients ask."""
 
 import contextlib
+import signal
 import time
 
 import pytest
 
+from tests.serving.gateway.conftest import LoopThread
+from tests.serving.gateway.load import Load as GatewayLoad
+from tests.serving.gateway.test_process import Process
 from tests.serving.model_server.conftest import Load
 
 
@@ -144,3 +148,44 @@ def test_fifty_thousand_calls_outlive_every_change(server, promotions):
     for load in loads.values():
         assert load.failures == []
         assert set(load.digits) == {1, 2, 3}
+
+
+@pytest.mark.slow
+def test_fifty_thousand_calls_through_the_gateway_outlive_promotions(server, promotions):
+    """``models.config`` rewritten again and again, and the gateway's workers replaced between: no call of either
+    protocol fails, each answer is of the version it names, and the gateway follows the label.
+    """
+
+    def promote(new, old):
+        promotions.write([old, new], stable=old)
+        until(lambda: states(server).get(new) == "AVAILABLE")
+        promotions.write([old, new], stable=new)
+        heard = load.versions[str(new)]
+        until(lambda: load.versions[str(new)] > heard)
+        promotions.write([new], stable=new)
+        until(lambda: states(server)[old] == "END")
+
+    for version in (2, 3):
+        promotions.publish(version)
+    gateway = Process(
+        f"127.0.0.1:{server.port}", DIGITS_MODEL_LABEL="stable", DIGITS_WORKERS="2", DIGITS_STATUS_POLL_S="0.1"
+    )
+    try:
+        gateway.wait_ready()
+        with GatewayLoad(
+            LoopThread(), gateway.url, gateway.first["grpc"], rest=8, rpc=8, digit_is_version=True
+        ) as load:
+            rounds = 0
+            while load.good < 50_000 or not rounds:
+                promote(2, 1)
+                gateway.popen.send_signal(signal.SIGHUP)
+                promote(3, 2)
+                promote(1, 3)
+                rounds += 1
+    finally:
+        gateway.popen.terminate()
+        assert gateway.end() == 0
+    print(load.good, "calls,", rounds * 3, "promotions,", gateway.events().count("replaced"), "times replaced")
+    assert (load.how_it_went(), load.wrong, load.late) == ({}, 0, 0)
+    assert set(load.versions) == {"1", "2", "3"}
+    assert "replaced" in gateway.events()
