@@ -32,6 +32,7 @@ class Results:
     def __init__(self, rate: float, seconds: float) -> None:
         count = int(rate * seconds)
         self.due_s = np.cumsum(np.random.default_rng(1).exponential(1 / rate, count))
+        self.sent_s = np.full(count, np.inf)
         self.done_s = np.full(count, -1.0)
         self.accepted = np.zeros(count, bool)
         self.refused = np.zeros(count, bool)
@@ -41,8 +42,9 @@ class Results:
         taken_ms = ((self.done_s - self.due_s) * 1000)[skip:]
         accepted, refused = self.accepted[skip:], self.refused[skip:]
         seconds = self.due_s[-1] - self.due_s[skip]
+        sent = np.searchsorted(np.sort(self.sent_s), self.due_s[[skip, -1]], "right")
         return {
-            "offered_per_s": len(taken_ms) / seconds,
+            "offered_per_s": float((sent[1] - sent[0]) / seconds),  # what left in that time, not what should have
             "accepted_per_s": float(accepted.sum() / seconds),
             "refused_share": float(refused.mean()),
             "lost": int((~accepted & ~refused).sum()),
@@ -69,6 +71,7 @@ class Rest(asyncio.Protocol):
 
     def send(self, number: int) -> None:
         self.number = number
+        self.pool.results.sent_s[number] = time.perf_counter() - self.pool.start
         self.transport.write(self.pool.request)
 
     def data_received(self, data: bytes) -> None:
@@ -144,6 +147,7 @@ class Streams:
             self.connections.append(connection)
 
     def send(self, first: int, last: int) -> None:
+        self.results.sent_s[first:last] = time.perf_counter() - self.start
         for at, connection in enumerate(self.connections):
             connection.send(range(first + (at - first) % self.CONNECTIONS, last, self.CONNECTIONS))
 
