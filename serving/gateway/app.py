@@ -11,7 +11,7 @@ from serving.gateway.metrics import Metrics
 from serving.gateway.pictures import Pictures
 from serving.gateway.predictor import Answer, Predictor
 from serving.gateway.settings import Settings
-from serving.gateway.tls import upstream_credentials
+from serving.gateway.tls import upstream_context
 from serving.gateway.upstream import Availability, Upstream
 from serving.gateway.worker import Control
 
@@ -46,7 +46,7 @@ class Gateway:
             self.metrics,
             settings.status_poll_s,
             settings.model_label,
-            upstream_credentials(settings),
+            upstream_context(settings),
         )
         self.upstream.on_change(self._say_availability)
         self._was_ready: bool | None = None

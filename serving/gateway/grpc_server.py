@@ -43,7 +43,16 @@ _ENCODINGS: Final = {b"identity": 0, b"gzip": 31, b"deflate": 15}
 """What a compressed message is packed with, by zlib's window bits."""
 
 _RESERVED: Final = frozenset(
-    {b"te", b"content-type", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding", b"accept-encoding", b"host"}
+    {
+        b"te",
+        b"content-type",
+        b"content-length",
+        b"grpc-timeout",
+        b"grpc-encoding",
+        b"grpc-accept-encoding",
+        b"accept-encoding",
+        b"host",
+    }
 )
 
 Direct = Callable[["Call", bytes], None]

@@ -91,7 +91,7 @@ class Stream:
         """The peer has sent all it will."""
         self.is_over = False
         """All that will be sent to the peer has been, or waits for its window."""
-        self.parked: deque[tuple[bytes, bytes]] | None = None
+        self.parked: deque[tuple[bytes | memoryview, bytes]] | None = None
         """Payloads, each with the frames that follow it, for which the peer's window has no room yet."""
         self.ready: asyncio.Future[None] | None = None
 
@@ -128,13 +128,16 @@ class _Table(HeaderTable):
 
 
 class Connection(asyncio.Protocol):
-    """One client.
+    """One client. (``grpc_client.py`` turns it round: one server.)
 
     Args:
         service: What answers its requests.
         connections: The set of open connections, which this one enters and leaves.
         handshake_s: Time for its preface, and for any header block it has begun.
     """
+
+    keepalive_s = KEEPALIVE_S
+    keepalive_grace_s = KEEPALIVE_GRACE_S
 
     def __init__(self, service: Service, connections: "set[Connection]", handshake_s: float) -> None:
         self.streams: dict[int, Stream] = {}
@@ -372,8 +375,7 @@ class Connection(asyncio.Protocol):
         elif kind == PUSH_PROMISE:
             raise Broken(PROTOCOL_ERROR, "clients cannot push")
         elif kind == GOAWAY:
-            self._refusing = True
-            self._close_if_done()
+            self.leave()
         else:  # PRIORITY, and what is not known, say nothing to us
             self._strike()
 
@@ -428,9 +430,8 @@ class Connection(asyncio.Protocol):
             self.write(frame(PING, ACK, 0, payload))
         elif payload == _DRAIN_PING and not self._refusing:
             # What the peer sent before it heard of the drain has come by now.
-            self._refusing = True
             self.write(_goaway(self._last_sid, NO_ERROR))
-            self._close_if_done()
+            self.leave()
 
     def _strike(self) -> None:
         self._strikes += 1
@@ -462,7 +463,7 @@ class Connection(asyncio.Protocol):
             self.write(before)
         if stream.parked is None:
             stream.parked = deque()
-        stream.parked.append((payload, after))
+        stream.parked.append((memoryview(payload), after))
         self._parked[stream] = None
         self._pump([stream])
 
@@ -547,6 +548,11 @@ class Connection(asyncio.Protocol):
         if not self._refusing:
             self.write(_goaway(MAX_WINDOW, NO_ERROR) + frame(PING, 0, 0, _DRAIN_PING))
 
+    def leave(self) -> None:
+        """Begin nothing more here; close when what is under way has ended."""
+        self._refusing = True
+        self._close_if_done()
+
     def abort(self) -> None:
         """Close now."""
         self._closing = True
@@ -563,9 +569,9 @@ class Connection(asyncio.Protocol):
         elif self._active:
             self._active = self._asked = False
             self._heard = now
-        elif now - self._heard > KEEPALIVE_S + KEEPALIVE_GRACE_S:
+        elif now - self._heard > self.keepalive_s + self.keepalive_grace_s:
             self.abort()
-        elif now - self._heard > KEEPALIVE_S and not self._asked:
+        elif now - self._heard > self.keepalive_s and not self._asked:
             self._asked = True
             self.write(frame(PING, 0, 0, _KEEPALIVE_PING))
 

@@ -16,10 +16,8 @@ class BadSettings(DigitsError):
 
 
 def _address(value: str) -> str:
-    """A ``host:port`` or any gRPC target with a scheme (``dns:///models:8500``, ``unix:/run/models.sock``)."""
-    host, colon, port = value.rpartition(":")
-    if ":/" not in value and not value.startswith("unix:") and not (host and colon and port.isdecimal()):
-        raise ValueError("expected host:port or a gRPC target such as dns:///models:8500")
+    """A target that ``grpc_client.Channel`` takes."""
+    split_target(value)
     return value
 
 
@@ -62,7 +60,8 @@ class Settings(BaseSettings):
     lost. A rate limit, a queue's limit and a limit of connections each count in one process."""
 
     upstream: Annotated[str, AfterValidator(_address)] = "127.0.0.1:8500"
-    """The model server's gRPC address: ``host:port``, or ``dns:///name:port`` to spread calls over several."""
+    """The model server's gRPC address: ``host:port``, ``dns:///name:port`` (which means the same) or ``unix:path``.
+    Calls take turns over all addresses of a name."""
 
     upstream_wait_s: Positive | None = None
     """How long to wait at the start until something listens at that address, before the gateway's own ports open; then
@@ -210,6 +209,22 @@ def join_host_port(host: str, port: int) -> str:
         return f"[{host}]:{port}" if ip_address(host).version == 6 else f"{host}:{port}"
     except ValueError:
         return f"{host}:{port}"
+
+
+def split_target(target: str) -> tuple[str, int, str]:
+    """A target's host, port and socket path: ``("models", 8500, "")`` or ``("localhost", 0, "/run/models.sock")``.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if target.startswith("unix:"):
+        path = target.removeprefix("unix:")
+        return "localhost", 0, path.removeprefix("//") if path.startswith("///") else path
+    place = target.removeprefix("dns:///") if target.startswith("dns:///") else target.removeprefix("dns:")
+    host, colon, port = place.rpartition(":")
+    if not (host and colon and port.isdecimal() and "/" not in place):
+        raise ValueError("expected host:port, dns:///name:port or unix:path")
+    return host.removeprefix("[").removesuffix("]"), int(port), ""
 
 
 def read_settings() -> Settings:

@@ -3,8 +3,6 @@
 import ssl
 from pathlib import Path
 
-import grpc
-
 from serving.gateway.settings import BadSettings, Settings
 
 
@@ -32,7 +30,7 @@ def server_context(settings: Settings, protocol: str) -> ssl.SSLContext | None:
     return context
 
 
-def upstream_credentials(settings: Settings) -> grpc.ChannelCredentials | None:
+def upstream_context(settings: Settings) -> ssl.SSLContext | None:
     """For calls to the model server; None for plain gRPC.
 
     Raises:
@@ -40,8 +38,12 @@ def upstream_credentials(settings: Settings) -> grpc.ChannelCredentials | None:
     """
     if not settings.upstream_tls:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # only to check the files, which gRPC does not
-    if settings.upstream_ca_file is not None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # it checks the server's certificate and name
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    if settings.upstream_ca_file is None:
+        context.load_default_certs()
+    else:
         _load_authorities(context, settings.upstream_ca_file, "DIGITS_UPSTREAM_CA_FILE")
     if settings.upstream_cert_file is not None:
         try:
@@ -51,8 +53,7 @@ def upstream_credentials(settings: Settings) -> grpc.ChannelCredentials | None:
                 f"DIGITS_UPSTREAM_CERT_FILE={str(settings.upstream_cert_file)!r}: expected a certificate chain in PEM, "
                 f"and its key in DIGITS_UPSTREAM_KEY_FILE ({err})"
             ) from err
-    files = settings.upstream_ca_file, settings.upstream_key_file, settings.upstream_cert_file
-    return grpc.ssl_channel_credentials(*(file.read_bytes() if file else None for file in files))
+    return context
 
 
 def _load_authorities(context: ssl.SSLContext, file: Path, variable: str) -> None:

@@ -6,6 +6,7 @@ here imports TensorFlow.
 
 import asyncio
 import random
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from digits import contract
 from digits.errors import BadImage, BadRequest, DigitsError, ModelUnavailable, NotFound, Overloaded, UpstreamTimeout
 from serving.gateway.breaker import Breaker, State
+from serving.gateway.grpc_client import CallFailed, Channel
 from serving.gateway.metrics import Metrics
 from serving.gateway.tracing import METADATA
 from serving.protos import upstream_pb2 as pb
@@ -35,19 +37,8 @@ ATTEMPTS: Final = 3
 HUNG_S: Final = 1.0
 """A call that got no answer in this time or more counts against the server, a shorter one against its caller."""
 
-_CHANNEL_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", MESSAGE_LIMIT),
-    ("grpc.max_send_message_length", MESSAGE_LIMIT),
-    # A server that comes back is found again within a second.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 500),
-    # A server that vanished without a word is noticed.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.enable_retries", 0),
-    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
-)
+STATUS_S: Final = 2.0
+"""How long the model's status is waited for."""
 
 
 class Version(NamedTuple):
@@ -114,7 +105,7 @@ class Upstream:
         metrics: Where calls, their times and their errors are counted.
         poll_s: Seconds between two looks at the model's status.
         label: Label of the version that answers requests which name none; empty for the newest.
-        credentials: For TLS; None for plain gRPC.
+        tls: For TLS; None for plain gRPC.
     """
 
     def __init__(
@@ -123,7 +114,7 @@ class Upstream:
         metrics: Metrics,
         poll_s: float = 0.5,
         label: str = "",
-        credentials: grpc.ChannelCredentials | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.availability = self._seen = Availability(False, f"the model server at {target} has not been asked yet")
         self.breaker = Breaker(self._on_breaker)
@@ -134,19 +125,7 @@ class Upstream:
         self._use_label = bool(label)
         # Appended to a request it adds the label to the model_spec there: protobuf merges a field that comes twice.
         self._label_field = pb.PredictRequest(model_spec=pb.ModelSpec(version_label=label)).SerializeToString()
-        self._channel = (
-            grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
-            if credentials is None
-            else grpc.aio.secure_channel(target, credentials, options=_CHANNEL_OPTIONS)
-        )
-        # Bytes both ways: requests and answers are (de)serialised here, where their errors are understood.
-        self._methods = {path: self._channel.unary_unary(path) for path in (PREDICT, GET_MODEL_METADATA)}
-        self._methods[GET_MODEL_STATUS] = self._channel.unary_unary(GET_MODEL_STATUS)
-        self._status = self._channel.unary_unary(
-            GET_MODEL_STATUS,
-            request_serializer=pb.GetModelStatusRequest.SerializeToString,
-            response_deserializer=pb.GetModelStatusResponse.FromString,
-        )
+        self._channel = Channel(target, MESSAGE_LIMIT, tls)
         self._default_answered = ""
         self.looked = asyncio.Event()
         """Set once the status has been asked for the first time, whatever came of it."""
@@ -170,7 +149,7 @@ class Upstream:
         request = _predict_request(images_u8, count, version)
         try:
             data = await self._ask(PREDICT, request, version, deadline)
-        except grpc.aio.AioRpcError as err:
+        except CallFailed as err:
             raise _error(err, self._target, version) from err
         found = _predictions(data, count)
         if version == LATEST and found.model_version != self._default_answered:
@@ -194,8 +173,8 @@ class Upstream:
         """
         try:
             return await self._ask(path, request, version, deadline)
-        except grpc.aio.AioRpcError as err:
-            raise PassedOn(err.code(), path, version) from err
+        except CallFailed as err:
+            raise PassedOn(err.code, path, version) from err
 
     async def _ask(self, path: str, request: bytes, version: Version, deadline: float) -> bytes:
         """One call. Where it names no version the label does, as long as the server knows it."""
@@ -203,8 +182,8 @@ class Upstream:
             return await self._call(path, request, deadline)
         try:
             return await self._call(path, request + self._label_field, deadline)
-        except grpc.aio.AioRpcError as err:
-            if err.code() not in _LABEL_UNKNOWN:
+        except CallFailed as err:
+            if err.code not in _LABEL_UNKNOWN:
                 raise
         answer = await self._call(path, request, deadline)  # raises again if the fault was not the label's
         self._use_label = False
@@ -220,12 +199,10 @@ class Upstream:
             last = attempt == ATTEMPTS or started + pause_s >= deadline
             if self.breaker.admits():
                 try:
-                    data: bytes = await self._methods[path](
-                        request, timeout=deadline - started, metadata=METADATA.get() or None
-                    )
-                except grpc.aio.AioRpcError as err:
-                    self._failed(err.code(), time.monotonic() - started)
-                    if err.code() is not grpc.StatusCode.UNAVAILABLE or last:
+                    data = await self._channel.call(path, request, deadline - started, METADATA.get())
+                except CallFailed as err:
+                    self._failed(err.code, time.monotonic() - started)
+                    if err.code is not grpc.StatusCode.UNAVAILABLE or last:
                         raise
                 except asyncio.CancelledError:
                     self.breaker.gave_up()
@@ -265,7 +242,7 @@ class Upstream:
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
-        await self._channel.close(None)
+        await self._channel.close()
 
     async def _watch(self) -> None:
         late = 0
@@ -289,22 +266,22 @@ class Upstream:
             metadata_field=("signature_def",),
         )
         try:
-            await self._methods[GET_MODEL_METADATA](request.SerializeToString(), timeout=2.0)
-        except grpc.aio.AioRpcError:
+            await self._channel.call(GET_MODEL_METADATA, request.SerializeToString(), STATUS_S)
+        except CallFailed:
             return False
         return True
 
     async def _look(self) -> Availability | None:
         request = pb.GetModelStatusRequest(model_spec=pb.ModelSpec(name=contract.MODEL_NAME))
         try:
-            answer = await self._status(request, timeout=2.0)
-        except grpc.aio.AioRpcError as err:
-            if err.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            data = await self._channel.call(GET_MODEL_STATUS, request.SerializeToString(), STATUS_S)
+        except CallFailed as err:
+            if err.code is grpc.StatusCode.DEADLINE_EXCEEDED:
                 return None
-            if err.code() is grpc.StatusCode.NOT_FOUND:
+            if err.code is grpc.StatusCode.NOT_FOUND:
                 return Availability(False, f"the model server at {self._target} has no model {contract.MODEL_NAME!r}")
             return Availability(False, f"the model server at {self._target} cannot be reached")
-        return _availability(answer)
+        return _availability(pb.GetModelStatusResponse.FromString(data))
 
     def _on_breaker(self, state: State) -> None:
         self._metrics.breaker_state(state)
@@ -402,9 +379,9 @@ def _passed_on_text(status: grpc.StatusCode, path: str, version: Version) -> str
     return _PASSED_ON_TEXTS.get(status, "the model server could not answer this request")
 
 
-def _error(err: grpc.aio.AioRpcError, target: str, version: Version) -> Exception:
+def _error(err: CallFailed, target: str, version: Version) -> Exception:
     """What an upstream failure means to a client. The upstream's own words stay in the chained cause."""
-    code = err.code()
+    code = err.code
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UpstreamTimeout("the model did not answer before the deadline; try again, or allow more time")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -417,4 +394,4 @@ def _error(err: grpc.aio.AioRpcError, target: str, version: Version) -> Exceptio
         return BadImage("the model does not accept these images")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION):
         return ModelUnavailable(_UNAVAILABLE)
-    return BadAnswer(f"the model server at {target} answered {code.name}: {err.details()}")
+    return BadAnswer(f"the model server at {target} answered {code.name}: {err.details}")
