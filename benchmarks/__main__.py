@@ -4,10 +4,16 @@ import argparse
 import signal
 import sys
 
-from benchmarks import gateway, limits, validation
+from benchmarks import gateway, limits, release, validation
 from benchmarks.peers import run as peers
 
-BENCHMARKS = {"gateway": gateway.run, "limits": limits.run, "peers": peers.run, "validation": validation.run}
+BENCHMARKS = {
+    "gateway": gateway.run,
+    "limits": limits.run,
+    "peers": peers.run,
+    "release": release.run,
+    "validation": validation.run,
+}
 """``peers`` needs environments that only `make bench-peers` makes."""
 
 
