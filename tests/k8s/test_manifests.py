@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -47,7 +48,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Resource]]
     for folder in ("k8s", "docker/tensorflow-serving"):
         shutil.copytree(ROOT / folder, root / folder)
     for command in documented("tests/k8s/test_manifests.py::built"):  # k8s/README.md on secrets
-        subprocess.run(["bash", "-euc", command.text], cwd=root, check=True)
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = clean_environment(PATH=path, PYTHONPATH=str(ROOT))
+        subprocess.run(["bash", "-euc", command.text], cwd=root, env=environment, check=True, capture_output=True)
     return {overlay: build(root / "k8s" / overlay) for overlay in OVERLAYS}
 
 
