@@ -6,13 +6,14 @@ COPY requirements/model-server.txt /build/
 RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
     python -m venv --without-pip /opt/venv \
  && python -m pip --python /opt/venv/bin/python install --disable-pip-version-check --root-user-action=ignore \
-      --require-hashes --no-deps --only-binary=:all: -r /build/model-server.txt
+      --require-hashes --no-deps --only-binary=:all: --no-compile -r /build/model-server.txt
 WORKDIR /app
 COPY digits digits
 COPY serving/__init__.py serving/
 COPY serving/protos/__init__.py serving/protos/model_server_files_pb2.py serving/protos/
 COPY serving/model_server serving/model_server
-RUN /opt/venv/bin/python -m compileall -q .
+# Bytecode that holds no time of its source: two builds of one commit are the same files.
+RUN PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib .
 
 FROM python:3.11-slim-bookworm
 ARG VERSION=0.1.0

@@ -9,10 +9,11 @@ RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
     python -m venv --without-pip /opt/venv \
  && sed -n '/^setuptools==/,/# via/p' /build/pipeline.txt > /build/setuptools.txt \
  && python -m pip --python /opt/venv/bin/python install --disable-pip-version-check --root-user-action=ignore \
-      --require-hashes --no-deps --only-binary=:all: -r /build/setuptools.txt \
+      --require-hashes --no-deps --only-binary=:all: --no-compile -r /build/setuptools.txt \
  && python -m pip --python /opt/venv/bin/python install --disable-pip-version-check --root-user-action=ignore \
       --require-hashes --no-deps --no-build-isolation --only-binary=:all: --no-binary=antlr4-python3-runtime \
-      -r /build/pipeline.txt
+      --no-compile -r /build/pipeline.txt \
+ && PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
 WORKDIR /app
 COPY digits digits
 COPY training training

@@ -365,6 +365,25 @@ def test_the_gateway_scales_on_a_metric_that_it_emits(production: list[Resource]
     assert rule["seriesQuery"].startswith(name + "{")
 
 
+def test_every_job_that_an_alert_asks_for_is_scraped_in_the_cluster_too(production: list[Resource]) -> None:
+    """The job label is that of monitoring/prometheus.yml: the value, on service or pod, of the label that is named."""
+    asked = set(re.findall(r'job="([\w-]+)"', (ROOT / "monitoring" / "rules.yml").read_text()))
+    scraped = set()
+    for monitor in production:
+        if monitor["kind"] not in {"ServiceMonitor", "PodMonitor"}:
+            continue
+        wanted = monitor["spec"]["selector"]["matchLabels"]
+        (port,) = [one["port"] for key in ("endpoints", "podMetricsEndpoints") for one in monitor["spec"].get(key, [])]
+        services = [r for r in production if r["kind"] == "Service"]
+        (target,) = [
+            r for r in services
+            if wanted.items() <= r["metadata"]["labels"].items() and port in {p["name"] for p in r["spec"]["ports"]}
+        ]  # fmt: skip
+        scraped.add(target["metadata"]["labels"][monitor["spec"]["jobLabel"]])
+    assert asked == {"gateway", "model-server", "pipeline"}
+    assert asked <= scraped
+
+
 def test_prometheus_rules_are_those_of_compose() -> None:
     """What is generated is what is in the repository: `make generated` after a change."""
     for path, text in generated().items():
