@@ -29,8 +29,8 @@ MAX_TURNS = 2
 SHARE_BESIDE = 0.5
 """What waits goes beside what is under way if it is at least this share of the last call."""
 
-STANDING_WAIT_S = 0.005
-"""A wait as short as this is let in under lasting overload, too."""
+SHORT_QUEUE_SHARE = 0.5
+"""Under lasting overload so much of a batch may wait beside what goes at once; more would wait longer to no use."""
 
 EXPIRY_TICK_S = 0.01
 """A caller learns within this time that its deadline has passed."""
@@ -123,8 +123,8 @@ class Predictor:
         max_queue: Most images waiting.
         max_wait_s: Longest wait that a call is let in for, as measured calls let expect it.
         max_burst_s: Whole batches that wait for longer than this, and than four calls take, are no burst but more work
-            than can be done: a long queue would only make all wait. Calls are let in for one batch's turn then (after
-            CoDel, Nichols and Jacobson 2012).
+            than can be done: a long queue would only make all wait. It is kept short then, until nobody had to be
+            refused for as long (after CoDel, Nichols and Jacobson 2012).
     """
 
     def __init__(
@@ -155,7 +155,8 @@ class Predictor:
         self._max_wait_s = max_wait_s
         self._max_burst_s = max_burst_s
         self._call_s = 0.0
-        self._standing_since = 0.0
+        self._standing_since = self._overload_until = 0.0
+        self._short_queue = max(1, int(SHORT_QUEUE_SHARE * max_batch))
         self._images_per_s = 0.0
         self._closed = False
         metrics.watch_predictor(lambda: self.queued_images, lambda: len(self._calls))
@@ -197,26 +198,36 @@ class Predictor:
         if self.queued_images and self.queued_images + count > self._max_queue:
             self._metrics.shed("queue_full")
             raise Overloaded(f"{self.queued_images} images are waiting already; try again later", self._retry_after_s())
-        if self.queued_images >= self._max_batch:
-            self._refuse_if_too_slow(place.deadline - now)
+        if self.queued_images >= self._short_queue:
+            self._refuse_if_too_slow(place.deadline - now, now)
         place.arrived = now
         self._queue[place] = None
         self.queued_images += count
         if not self._dispatch_is_due or not self._ticking:
             self._wake()
 
-    def _refuse_if_too_slow(self, remaining_s: float) -> None:
-        """Whole batches are waiting: at the pace of late, would this one's turn come soon enough to be of use?"""
-        wait_s = self.queued_images // self._max_batch * self._call_s / self._max_calls
-        longest_s = self._max_wait_s
-        now = time.monotonic()
+    def _refuse_if_too_slow(self, remaining_s: float, now: float) -> None:
+        """Much is waiting: at the pace of late, would this one's turn come soon enough to be of use?"""
+        goes_at_once = self._max_batch * (self._max_calls - len(self._calls))
+        if now < self._overload_until and self.queued_images >= self._short_queue + goes_at_once:
+            self._overload_until = now + self._burst_s()  # it ends when nobody had to be refused for so long
+            self._refuse_as_too_slow()
+        batches = self.queued_images // self._max_batch
+        if not batches:
+            return
         if not self._standing_since:
             self._standing_since = now
-        elif now - self._standing_since > max(self._max_burst_s, 4 * self._call_s):
-            longest_s = min(longest_s, max(STANDING_WAIT_S, self._call_s / self._max_calls))
-        if wait_s > min(remaining_s, longest_s):
-            self._metrics.shed("queue_slow")
-            raise Overloaded("more images are waiting than can be read in time; try again later", self._retry_after_s())
+        elif now - self._standing_since > self._burst_s():
+            self._overload_until = now + self._burst_s()
+        if batches * self._call_s / self._max_calls > min(remaining_s, self._max_wait_s):
+            self._refuse_as_too_slow()
+
+    def _burst_s(self) -> float:
+        return max(self._max_burst_s, 4 * self._call_s)
+
+    def _refuse_as_too_slow(self) -> None:
+        self._metrics.shed("queue_slow")
+        raise Overloaded("more images are waiting than can be read in time; try again later", self._retry_after_s())
 
     def leave(self, place: Place) -> None:
         """Free the place of a caller that has gone."""
