@@ -81,8 +81,12 @@ class Rest(asyncio.Protocol):
         head = self.data.find(b"\r\n\r\n")
         if head < 0:
             return
-        at = self.data.lower().find(b"content-length:", 0, head)
-        if at < 0 or len(self.data) < head + 4 + int(self.data[at + 15 : self.data.find(b"\r\n", at)]):
+        fields = self.data[:head].lower()
+        at = fields.find(b"content-length:")
+        if at < 0 and b"transfer-encoding: chunked" in fields:
+            if not self.data.endswith(b"0\r\n\r\n"):
+                return
+        elif at < 0 or len(self.data) < head + 4 + int(fields[at + 15 :].partition(b"\r\n")[0]):
             return
         status, self.data = self.data[9:12], b""
         self.pool.ended(self.number, status == b"200", status in (b"429", b"503"))

@@ -129,17 +129,22 @@ def show(console: Console, medians: "dict[Setting | None, Measured]") -> None:
         table.add_column(column, justify="left" if column == "what" else "right")
     for setting, one in medians.items():
         name = "digits gateway" if setting is None else f"{setting.peer}, {setting.name}"
-        table.add_row(name, f"{one.rest:,.0f}", f"{one.grpc:,.0f}" if one.grpc else "", f"{one.p99_ms:.1f}")
+        table.add_row(
+            name,
+            f"{one.rest:,.0f}",
+            f"{one.grpc:,.0f}" if one.grpc else "",
+            f"{one.p99_ms:.1f}" if one.p99_ms else "none answered",
+        )
     console.print(table)
     ours, peers = medians[None], [one for setting, one in medians.items() if setting is not None]
     if not peers:
         return
     best_rest = max(one.rest for one in peers)
     best_grpc = max(one.grpc for one in peers)
-    least = min(one.p99_ms for one in peers)
+    least = min((one.p99_ms for one in peers if one.p99_ms), default=0.0)
     text = f"REST {ours.rest / best_rest:.1f} times the best peer's"
     text += f", gRPC {ours.grpc / best_grpc:.1f} times" if best_grpc else ""
-    console.print(f"{text}, p99 {ours.p99_ms / least:.2f} of the best peer's")
+    console.print(text + (f", p99 {ours.p99_ms / least:.2f} of the best peer's" if least else ""))
 
 
 @contextlib.contextmanager
