@@ -123,7 +123,7 @@ def empty_a_file(data: Path) -> None:
         pytest.param(flip_one_bit, "train-images-idx3-ubyte", ("dvc", "repro"), id="one bit flipped, dvc repro"),
         pytest.param(flip_one_bit, "train-images-idx3-ubyte", ("pipelines", "release"), id="one bit flipped, release"),
         pytest.param(put_a_label_out_of_range, "train-labels-idx1-ubyte", ("dvc", "repro"), id="a label out of range"),
-        pytest.param(empty_a_file, "t10k-images-idx3-ubyte", ("pipelines", "release"), id="an emptied file"),
+        pytest.param(empty_a_file, "t10k-images-idx3-ubyte", ("dvc", "repro"), id="an emptied file"),
     ],
 )
 def test_poisoned_data_stops_before_training(raw_data, tmp_path, poison, named, command) -> None:

@@ -150,20 +150,8 @@ def test_killed_it_leaves_no_process_behind(served: Path, number: signal.Signals
         assert psutil.wait_procs(processes, timeout=30)[1] == []
 
 
-def test_server_that_never_starts_ends_it_with_the_servers_last_words(served: Path) -> None:
-    """Exit code 1 and one line; no process stays."""
-    (served / "serving" / "gateway" / "__main__.py").write_text(
-        "import sys; sys.exit('error: no such file: page.html')"
-    )
-    with running(served, "--skip-release") as stack:
-        assert stack.process.wait(60) == 1
-        stack.wait_for("error: a server stopped again and again", 5)
-        assert any("gateway: error: no such file: page.html" in line for line in stack.said)
-        assert not any("Traceback" in line for line in stack.said)
-
-
-def test_server_that_never_starts_stops_the_release_too(served: Path) -> None:
-    """One need not wait for the training to hear of it, and nothing of the release goes on."""
+def test_server_that_never_starts_ends_it_with_the_servers_last_words_and_stops_the_release(served: Path) -> None:
+    """Exit code 1 and one line. One need not wait for the training to hear of it; no process stays."""
     (served / "serving" / "gateway" / "__main__.py").write_text(
         "import sys; sys.exit('error: no such file: page.html')"
     )
@@ -172,6 +160,8 @@ def test_server_that_never_starts_stops_the_release_too(served: Path) -> None:
         stack.wait_for("release: changed: evaluate")
         assert stack.process.wait(60) == 1
         stack.wait_for("error: a server stopped again and again", 5)
+        assert any("gateway: error: no such file: page.html" in line for line in stack.said)
+        assert not any("Traceback" in line for line in stack.said)
         left = [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(served)]
         assert psutil.wait_procs(left, timeout=10)[1] == []
 
