@@ -362,6 +362,8 @@ def main() -> None:
     except DigitsError as err:
         _tell(f"error: {err}")
         sys.exit(_exit_code(err))
+    finally:
+        gc.freeze()  # nor is garbage of use to a process that ends
 
 
 def _exit_code(err: DigitsError) -> Exit:

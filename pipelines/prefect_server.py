@@ -7,6 +7,7 @@ Prefect is still being imported, on a leash. Its database is kept in ``.prefect/
 """
 
 import contextlib
+import gc
 import http.client
 import os
 import socket
@@ -74,6 +75,10 @@ def server(settings: Settings, *, with_services: bool = False) -> Iterator[None]
             "PREFECT_UI_API_URL": url,
             "PREFECT_UI_STATIC_DIRECTORY": str(settings.project / ".prefect" / "ui"),
         }
+        if not with_services:
+            # Else it imports every Prefect integration, Kubernetes' and Dask's, for pages that nobody opens here.
+            environment["PREFECT_SERVER_REGISTER_BLOCKS_ON_START"] = "false"
+            environment["PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION"] = "false"
         command = [sys.executable, "-m", "pipelines.prefect_server", str(listener.fileno()), str(int(with_services))]
         process = _KeptRunning(command, settings.project, environment, listener)
         os.environ["PREFECT_API_URL"] = url
@@ -164,7 +169,7 @@ def _wait(limit_s: float) -> None:
             raise PrefectUnavailable(
                 f"PREFECT_API_URL: expected an address such as http://127.0.0.1:4200/api ({err})"
             ) from err
-        time.sleep(0.2)
+        time.sleep(0.05)
     raise PrefectUnavailable(
         f"expected a Prefect server at {url} within {limit_s:.0f} s; {problem}. Check PREFECT_API_URL, or unset it to "
         "use a temporary server"
@@ -187,10 +192,14 @@ def _listener(port: int) -> socket.socket:
 
 
 def _serve(descriptor: int, with_services: bool) -> None:
+    gc.disable()  # a quarter of the start would be looking for garbage among what is imported
     import uvicorn
     from prefect.server.api.server import create_app
 
-    config = uvicorn.Config(create_app(ephemeral=not with_services, final=True), log_level="error", lifespan="on")
+    app = create_app(ephemeral=not with_services, final=True)
+    gc.freeze()
+    gc.enable()
+    config = uvicorn.Config(app, log_level="error", lifespan="on")
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=descriptor)])
 
 
