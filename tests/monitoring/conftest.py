@@ -1,5 +1,6 @@
 """One Prometheus, Debian's, before a real gateway, the pipelines' exporter and a real Prefect server."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -72,6 +73,17 @@ class Prometheus:
             stdout=subprocess.DEVNULL,
             stderr=(folder / "log").open("w"),
         )
+
+    def wait_ready(self) -> None:
+        """Until it answers queries: before that it says 503."""
+        deadline = time.monotonic() + HANG_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, "Prometheus ended"
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"http://{self.address}/-/ready", timeout=10).status_code == 200:
+                    return
+            time.sleep(0.1)
+        pytest.fail("Prometheus was never ready")
 
     def get(self, path: str, **params: str) -> Any:
         answer = httpx.get(f"http://{self.address}/api/v1/{path}", params=params, timeout=10)
@@ -172,6 +184,7 @@ def prometheus(here: Here, exporter: str, tmp_path_factory: pytest.TempPathFacto
     targets = {"gateway": here.url.removeprefix("http://"), "pipeline": exporter}
     prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), targets)
     try:
+        prometheus.wait_ready()
         send_traffic(here)
         prometheus.wait_for("count_over_time(digits_requests_total[5m]) > 1")
         send_traffic(here)
