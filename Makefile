@@ -32,9 +32,10 @@ run: env ## everything: data, training, publishing, serving, on http://localhost
 check: env ## lint, format, types, import rules
 	@ruff check . && ruff format --check . && mypy && lint-imports --no-cache && hadolint docker/*.Dockerfile
 
+# Three workers for two cores: a quarter of the tests' time is waiting for servers and browsers.
 .PHONY: test
 test: env tools ## everything that must pass
-	@python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
+	@python -m pytest -n 3 --no-loadscope-reorder $(ARGS)
 
 .PHONY: stack-test
 stack-test: env ## the container stack end to end; needs Docker

@@ -1,4 +1,4 @@
-"""What all tests share: the real data, the workspace they run in, and a plan for two workers."""
+"""What all tests share: the real data, the workspace they run in, and a plan for the workers."""
 
 import contextlib
 import os
@@ -40,7 +40,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OneStack:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # The longest group first, so that the other worker fills the time beside it.
+    # The longest group first, so that the other workers fill the time beside it.
     items.sort(key=lambda item: (ROOT / "tests" / "stack") in item.path.parents, reverse=True)
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):

@@ -46,6 +46,8 @@ def read_idx(path: Path) -> np.ndarray:
 def small(raw_data: Path, tmp_path: Path) -> Path:
     """A checkout whose data is a team's own: 3,000 and 800 of the real digits, and parameters to match."""
     root = copy_checkout(tmp_path / "checkout")
+    # A cache of its own: every stage is to run, also where these tests ran before.
+    (root / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {tmp_path / 'cache'}\n")
     (root / "data").mkdir()
     for prefix, count in (("train", 3000), ("t10k", 800)):
         for kind in ("images-idx3", "labels-idx1"):
