@@ -75,4 +75,5 @@ generated: env ## write what is made from other files: the API reference, the cl
 
 .PHONY: protos
 protos: env ## generate serving/protos/*_pb2.py from the .proto files
-	@python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. serving/protos/*.proto
+	@python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. serving/protos/*.proto
+	@python -m grpc_tools.protoc -I. --grpc_python_out=. $$(grep -l '^service ' serving/protos/*.proto)

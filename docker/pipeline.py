@@ -17,8 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -57,15 +55,12 @@ def main(arguments: list[str]) -> int:
         return 1
     os.chdir(PROJECT)
     if arguments[:1] == ["prefect"]:
-        if problem := prefect_problem():
-            sys.stderr.write(f"error: {problem}\n")
-            return 1
-        return become([sys.executable, "-m", *arguments])
+        return to_its_end("await-prefect") or become([sys.executable, "-m", *arguments])
     if arguments == ["serve"]:
         # Volumes from before there was a models.config get one.
-        if code := subprocess.run([sys.executable, "-m", "pipelines", "ensure-serving-config"], check=False).returncode:
+        if code := to_its_end("ensure-serving-config"):
             return code
-        if not CHAMPION.is_file() and (code := first_release()):
+        if not CHAMPION.is_file() and (code := to_its_end("release")):
             return code
         arguments = ["schedule", "--cron", os.environ.get("DIGITS_CRON") or DEFAULT_CRON]
     return become([sys.executable, "-m", "pipelines", *arguments])
@@ -122,22 +117,6 @@ async def database_problem() -> str | None:
     return None
 
 
-def prefect_problem() -> str | None:
-    """Why Prefect's API cannot be used; None when it can, or none is named. Waits as long as a release does."""
-    if not (url := os.environ.get("PREFECT_API_URL")):
-        return None
-    limit_s = float(os.environ.get("DIGITS_PREFECT_ANSWER_TIMEOUT_S") or 10)
-    deadline = time.monotonic() + limit_s
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=limit_s):  # noqa: S310  # the user's own
-                return None
-        except (OSError, ValueError) as err:
-            if time.monotonic() >= deadline or isinstance(err, ValueError):
-                return f"no Prefect server answers at {url} ({getattr(err, 'reason', err)}); PREFECT_API_URL"
-        time.sleep(0.5)
-
-
 def make_secrets(files: list[str]) -> int:
     """A random password in each file that is not there yet."""
     for path in map(Path, files):
@@ -171,9 +150,9 @@ def bring_code() -> None:
             part.replace(target)
 
 
-def first_release() -> int:
-    """`python -m pipelines release` to its end; 0 when a version is published. Stops when told to."""
-    process = subprocess.Popen([sys.executable, "-m", "pipelines", "release"], stdin=subprocess.DEVNULL)
+def to_its_end(command: str) -> int:
+    """`python -m pipelines COMMAND` to its end; its exit code. Stops when told to."""
+    process = subprocess.Popen([sys.executable, "-m", "pipelines", command], stdin=subprocess.DEVNULL)
 
     def pass_on(signum: int, _frame: FrameType | None) -> None:
         process.send_signal(signum)

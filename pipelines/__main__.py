@@ -312,6 +312,14 @@ def ensure_serving_config() -> None:
     serving_config.ensure(read_settings())
 
 
+@app.command(hidden=True)
+def await_prefect() -> None:
+    """Wait for the server that PREFECT_API_URL names, as a release does: what a container does before its worker."""
+    from pipelines import prefect_server
+
+    prefect_server.await_named(read_settings())
+
+
 @app.command()
 def run(
     skip_release: Annotated[

@@ -63,7 +63,7 @@ def server(settings: Settings, *, with_services: bool = False) -> Iterator[None]
         PrefectUnavailable: the named one does not answer in time.
     """
     if os.environ.get("PREFECT_API_URL"):
-        _wait(settings.prefect_answer_timeout_s)  # before Prefect is imported, which takes seconds
+        await_named(settings)  # before Prefect is imported, which takes seconds
         yield
         return
     with _listener(settings.prefect_port if with_services else 0) as listener:
@@ -152,6 +152,16 @@ def wait_until_ready(settings: Settings) -> None:
     _wait(settings.prefect_start_timeout_s)
 
 
+def await_named(settings: Settings) -> None:
+    """Wait until the server that PREFECT_API_URL names answers; return at once when it names none.
+
+    Raises:
+        PrefectUnavailable: it does not, in time.
+    """
+    if os.environ.get("PREFECT_API_URL"):
+        _wait(settings.prefect_answer_timeout_s)
+
+
 def _wait(limit_s: float) -> None:
     url = os.environ["PREFECT_API_URL"].rstrip("/") + "/health"
     deadline = time.monotonic() + limit_s
@@ -165,9 +175,14 @@ def _wait(limit_s: float) -> None:
             problem = f"answers {err.code}"
         except OSError as err:
             problem = str(getattr(err, "reason", err))
-        except (ValueError, http.client.HTTPException) as err:
+        except (ValueError, http.client.InvalidURL) as err:
             raise PrefectUnavailable(
                 f"PREFECT_API_URL: expected an address such as http://127.0.0.1:4200/api ({err})"
+            ) from err
+        except http.client.HTTPException as err:
+            raise PrefectUnavailable(
+                f"PREFECT_API_URL: expected a Prefect server at {url}; what answers does not speak HTTP "
+                f"({type(err).__name__})"
             ) from err
         time.sleep(0.05)
     raise PrefectUnavailable(

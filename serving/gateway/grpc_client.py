@@ -33,6 +33,7 @@ from serving.gateway.http2 import (
     PROTOCOL_ERROR,
     REFUSED_STREAM,
     RST_STREAM,
+    SETTING,
     SETTINGS,
     STREAM_WINDOW,
     WINDOW_UPDATE,
@@ -64,7 +65,6 @@ UNSEEN_ATTEMPTS: Final = 3
 """How often a call is sent that servers say they have not begun."""
 
 _MAX_TIMEOUT_MS: Final = 99_999_999
-_SETTING: Final = struct.Struct(">HI")
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 _OF_HTTP: Final = {
     400: grpc.StatusCode.INTERNAL,
@@ -238,7 +238,7 @@ class _Connection(Connection):
             self.abort()
             return
         settings = ((0x2, 0), (0x4, STREAM_WINDOW), (0x6, 16 * 1024))  # no pushes
-        payload = b"".join([_SETTING.pack(*setting) for setting in settings])
+        payload = b"".join([SETTING.pack(*setting) for setting in settings])
         update = struct.pack(">I", CONNECTION_WINDOW - 65_535)
         self.write(PREFACE + frame(SETTINGS, 0, 0, payload) + frame(WINDOW_UPDATE, 0, 0, update))
 
@@ -326,7 +326,7 @@ class _Connection(Connection):
 
     def _settings(self, flags: int, sid: int, payload: bytes) -> None:
         super()._settings(flags, sid, payload)
-        for name, value in _SETTING.iter_unpack(payload):
+        for name, value in SETTING.iter_unpack(payload):
             if name == 0x3:
                 self._max_streams = value
         self._let_in()

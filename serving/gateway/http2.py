@@ -38,6 +38,9 @@ CONNECTION_WINDOW: Final = 16 * 1024 * 1024
 
 MAX_WINDOW: Final = 2**31 - 1
 
+SETTING: Final = struct.Struct(">HI")
+"""Name and value, as SETTINGS frames hold them."""
+
 MAX_STRIKES: Final = 2000
 """Resets, pings, settings and empty frames that a connection may send in a second."""
 
@@ -51,7 +54,6 @@ LAST_WORDS_S: Final = 5.0
 
 _MAX_KNOWN: Final = 256
 _HEAD: Final = struct.Struct(">BHBBI")
-_SETTING: Final = struct.Struct(">HI")
 _DRAIN_PING: Final = b"draining"
 _KEEPALIVE_PING: Final = b"there?\0\0"
 
@@ -183,7 +185,7 @@ class Connection(asyncio.Protocol):
             self.abort()
             return
         settings = ((0x3, MAX_STREAMS), (0x4, STREAM_WINDOW), (0x6, 16 * 1024))
-        payload = b"".join([_SETTING.pack(*setting) for setting in settings])
+        payload = b"".join([SETTING.pack(*setting) for setting in settings])
         update = struct.pack(">I", CONNECTION_WINDOW - 65_535)
         self.write(frame(SETTINGS, 0, 0, payload) + frame(WINDOW_UPDATE, 0, 0, update))
 
@@ -410,7 +412,7 @@ class Connection(asyncio.Protocol):
         if len(payload) % 6:
             raise Broken(FRAME_SIZE_ERROR, "a setting has 6 bytes")
         self._strike()
-        for name, value in _SETTING.iter_unpack(payload):
+        for name, value in SETTING.iter_unpack(payload):
             if name == 0x4:
                 if value > MAX_WINDOW:
                     raise Broken(FLOW_CONTROL_ERROR, "a window out of range")

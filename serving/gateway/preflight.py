@@ -1,6 +1,5 @@
 """Before anything listens: wait for the model server to, where the operator wants a start without one to fail."""
 
-import re
 import signal
 import socket
 import sys
@@ -8,11 +7,9 @@ import time
 from typing import Final
 
 from digits.errors import DigitsError
-from serving.gateway.settings import Settings
+from serving.gateway.settings import Settings, split_target
 
 PAUSE_S: Final = 0.2
-
-_HOST_PORT: Final = re.compile(r"(?:dns:(?://[^/]*/)?|ipv4:|ipv6:)?(?P<host>[^/]+):(?P<port>\d+)")
 
 
 class UpstreamUnreachable(DigitsError):
@@ -47,10 +44,11 @@ def await_upstream(settings: Settings) -> None:
 
 
 def _connect(target: str, timeout_s: float) -> None:
-    """One connection, closed again. A kind of target that only gRPC can look up counts as reached."""
-    if target.startswith("unix:"):
+    """One connection, closed again."""
+    host, port, path = split_target(target)
+    if path:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(timeout_s)
-            connection.connect(target.removeprefix("unix:").removeprefix("//"))
-    elif found := _HOST_PORT.fullmatch(target):
-        socket.create_connection((found["host"].strip("[]"), int(found["port"])), timeout_s).close()
+            connection.connect(path)
+    else:
+        socket.create_connection((host, port), timeout_s).close()

@@ -16,7 +16,7 @@ from serving.gateway.settings import Settings, join_host_port
 from serving.gateway.tls import server_context
 from serving.gateway.worker import Control
 
-RETIRE_S: Final = 0.5
+LEAVE_S: Final = 0.5
 """Time in which connections in use are told to go with their next answer; then idle ones are closed."""
 
 
@@ -85,14 +85,8 @@ class Running:
 
     async def retire(self) -> None:
         """Leave the work to another worker on the same sockets, which accepts already: balancers see nothing of it."""
-        settings = self.gateway.settings
         self.gateway.draining = self.gateway.replaced = True
-        self._rest.stop_accepting()
-        ending = asyncio.create_task(self._rpc.stop(settings.drain_timeout_s))
-        await self._rest.until_left(RETIRE_S)
-        self._rest.should_exit = True
-        await asyncio.gather(ending, self.rest_ended)
-        await self.gateway.close()
+        await self._finish()
 
     async def drain(self) -> None:
         """Readiness off; a pause in which balancers notice; no new connections; what is under way is finished."""
@@ -101,13 +95,17 @@ class Running:
         self.gateway.draining = True
         await self._rpc.not_serving()
         await asyncio.sleep(settings.drain_delay_s)
+        await self._finish()
+        log.info("stopped")
+
+    async def _finish(self) -> None:
+        """No new connections; what is under way ends."""
         self._rest.stop_accepting()
-        ending = asyncio.create_task(self._rpc.stop(settings.drain_timeout_s))
-        await self._rest.until_left(RETIRE_S)
+        ending = asyncio.create_task(self._rpc.stop(self.gateway.settings.drain_timeout_s))
+        await self._rest.until_left(LEAVE_S)
         self._rest.should_exit = True
         await asyncio.gather(ending, self.rest_ended)
         await self.gateway.close()
-        log.info("stopped")
 
 
 def _listen(settings: Settings, undo: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:

@@ -222,9 +222,14 @@ def split_target(target: str) -> tuple[str, int, str]:
         return "localhost", 0, path.removeprefix("//") if path.startswith("///") else path
     place = target.removeprefix("dns:///") if target.startswith("dns:///") else target.removeprefix("dns:")
     host, colon, port = place.rpartition(":")
-    if not (host and colon and port.isdecimal() and "/" not in place):
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        host.encode("idna")  # what a look-up of the name begins with
+    except UnicodeError:
+        host = ""
+    if not (host and colon and port.isdecimal() and 1 <= int(port) <= 65535 and "/" not in place):
         raise ValueError("expected host:port, dns:///name:port or unix:path")
-    return host.removeprefix("[").removesuffix("]"), int(port), ""
+    return host, int(port), ""
 
 
 def read_settings() -> Settings:

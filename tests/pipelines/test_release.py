@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -431,6 +432,27 @@ def test_prefect_server_that_is_not_there_is_named(toy: Path) -> None:
     assert done.returncode == 1
     assert "expected a Prefect server at http://127.0.0.1:9/api/health within 1 s" in done.stderr
     assert "PREFECT_API_URL" in done.stderr
+
+
+def test_something_else_in_prefects_place_is_one_line(toy: Path) -> None:
+    """Not what it sent."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"\x00\xff garbage\nmore\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+        done = run(toy, "pipelines", "await-prefect", PREFECT_API_URL=url)
+        thread.join(20)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: PREFECT_API_URL: expected a Prefect server at {url}/health; what answers")
+    assert "garbage" not in line
 
 
 @pytest.mark.parametrize("command", ["ingest", "release", "publish", "schedule", "maintain", "restore", "run"])

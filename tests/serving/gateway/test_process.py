@@ -101,6 +101,8 @@ def process(upstream: TestUpstream) -> Iterator[Process]:
         ("DIGITS_REST_PORT", "eighty", "integer"),
         ("DIGITS_GRPC_PORT", "70000", "65535"),
         ("DIGITS_UPSTREAM", "nowhere", "host:port"),
+        ("DIGITS_UPSTREAM", "models:70000", "host:port"),
+        ("DIGITS_UPSTREAM", "models..example:8500", "host:port"),
         ("DIGITS_TIMEOUT_S", "-1", "greater than 0"),
         ("DIGITS_LOG_FORMAT", "xml", "json"),
     ],
