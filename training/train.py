@@ -94,10 +94,17 @@ def train(workspace: Workspace, params: Params, console: Console) -> None:
     )
 
 
-def fit(learn: Split, held_out: Split, params: Params, console: Console) -> tuple[keras.Model, list[Epoch]]:
+def fit(
+    learn: Split,
+    held_out: Split,
+    params: Params,
+    console: Console,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> tuple[keras.Model, list[Epoch]]:
     """Fit a new perceptron and return it in float32, calibrated, with averaged weights, and its history.
 
-    The same seed, data and machine give the same weights.
+    The same seed, data and machine give the same weights. ``on_epoch`` sees each epoch as it ends; what it raises ends
+    the fit and comes out.
 
     Raises:
         BadParams: a batch is larger than the training split.
@@ -152,6 +159,8 @@ def fit(learn: Split, held_out: Split, params: Params, console: Console) -> tupl
                     seconds=round(time.perf_counter() - started, 3),
                 )
             )
+            if on_epoch:
+                on_epoch(history[-1])
     calibrate(averaged, held_out, setting.abstain_share)
     return averaged, history
 
