@@ -5,15 +5,27 @@ rejection names all that is wrong and not only the first thing.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from digits.errors import DigitsError
+from training.paired import bootstrap_interval, mcnemar, pair
 from training.params import GateParams, Params
-from training.workspace import BadArtifact, Workspace, import_tensorflow_quietly, load_split, read_json, write_json
+from training.workspace import (
+    BadArtifact,
+    Split,
+    Workspace,
+    import_tensorflow_quietly,
+    load_split,
+    read_json,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,15 @@ class Decision:
     checks: list[Check]
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What the candidate made of the sealed test images."""
+
+    test: Split
+    right: np.ndarray
+    """bool (N,): which of them it read right."""
+
+
 def gate(workspace: Workspace, params: Params, console: Console) -> None:
     """The stage: write decision.json and approval.json. A rejection is a result, not an error.
 
@@ -58,24 +79,33 @@ def judge(workspace: Workspace, params: GateParams) -> Decision:
     checks: list[Check] = []
     candidate: dict[str, Any] | None = None
     champion: dict[str, Any] | None = None
-    first_release = False
-    try:
+    answers: Answers | None = None
+    with _failing_closed(checks, "candidate", "the candidate's metrics cannot be read"):
         candidate = _without_nonfinite(read_json(workspace.artifact("evaluate", "metrics.json")))
         checks += check_candidate(candidate, params)
-    except DigitsError as err:
-        checks.append(Check("candidate", False, None, None, f"the candidate's metrics cannot be read: {err}"))
-    if not workspace.champion_file.exists():
-        first_release = True
+    with _failing_closed(checks, "test_answers", "the candidate's answers cannot be counted"):
+        answers = read_answers(workspace, candidate or {})
+        count = len(answers.right)
+        checks.append(Check("test_answers", True, count, None, f"one for each of the {count:,} sealed test images"))
+    first_release = not workspace.champion_file.exists()
+    if first_release:
         checks.append(Check("champion", True, None, None, "nothing is published yet: this is the first release"))
     else:
-        try:
+        with _failing_closed(checks, "champion", "the published version cannot be compared with"):
             champion = _without_nonfinite(read_json(workspace.champion_file))
-            checks += compare_with_champion(workspace, candidate or {}, champion, params)
-        except DigitsError as err:
-            checks.append(Check("champion", False, None, None, f"the published version cannot be compared with: {err}"))
+            checks += compare_with_champion(workspace, candidate or {}, answers, champion, params)
     failed = [check for check in checks if not check.passed]
     reason = "; ".join(f"{c.name}: {c.detail}" for c in failed) or f"all {len(checks)} checks passed"
     return Decision(not failed, reason, first_release, candidate, champion, checks)
+
+
+@contextmanager
+def _failing_closed(checks: list[Check], name: str, problem: str) -> Iterator[None]:
+    """An expected error within becomes a failed check."""
+    try:
+        yield
+    except DigitsError as err:
+        checks.append(Check(name, False, None, None, f"{problem}: {err}"))
 
 
 def check_candidate(metrics: dict[str, Any], params: GateParams) -> list[Check]:
@@ -97,58 +127,91 @@ def check_candidate(metrics: dict[str, Any], params: GateParams) -> list[Check]:
     return checks
 
 
-def compare_with_champion(
-    workspace: Workspace, metrics: dict[str, Any], champion: dict[str, Any], params: GateParams
-) -> list[Check]:
-    """Compare accuracies on the same test images; the champion is measured anew when it was measured on others.
+def read_answers(workspace: Workspace, metrics: dict[str, Any]) -> Answers:
+    """The sealed test images, and which of them the candidate read right when it was measured.
 
     Raises:
-        BadArtifact: the champion's record or model cannot be read.
+        BadArtifact: images, answers and metrics are not of one measurement, or one of them cannot be read.
+    """
+    test = load_split(workspace.artifact("prepare", "test.npz"))
+    if test.sha256() != metrics.get("test_sha256"):
+        raise BadArtifact("artifacts/prepare/test.npz is not what the candidate saw: run `dvc repro`")
+    path = workspace.artifact("evaluate", "predictions.npz")
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            probabilities, labels = saved["probabilities"], saved["labels"]
+    except Exception as err:  # zipfile, zlib and numpy raise their own kinds
+        raise BadArtifact(f"{path} cannot be read: {type(err).__name__}: {err}") from err
+    if not len(test.labels) or not np.array_equal(labels, test.labels) or len(probabilities) != len(labels):
+        raise BadArtifact(f"{path} does not hold an answer for each test image: run `dvc repro -f evaluate`")
+    right = probabilities.argmax(axis=1) == labels
+    accuracy, problem = _share(metrics, "accuracy")
+    if accuracy is None or abs(accuracy - right.mean()) > 1e-9:
+        raise BadArtifact(f"{path} and metrics.json disagree: {problem or f'{right.mean()} against {accuracy}'}")
+    return Answers(test, right)
+
+
+def compare_with_champion(
+    workspace: Workspace,
+    metrics: dict[str, Any],
+    answers: Answers | None,
+    champion: dict[str, Any],
+    params: GateParams,
+) -> list[Check]:
+    """Have the champion's SavedModel read the candidate's test images, now, and compare image by image.
+
+    Two questions. Not inferior: is the candidate's accuracy surely no further below the champion's than params allow?
+    It fails for want of evidence as well, as with few images. Worse: is it below by more than chance, however little?
+
+    Raises:
+        BadArtifact: the champion's record or model, or the candidate's answers, cannot be read.
     """
     version = champion.get("version")
     if isinstance(version, bool) or not isinstance(version, int):
         raise BadArtifact(f"its record has no version number: {workspace.champion_file}")
-    for key in ("model_sha256", "test_sha256"):
-        if not isinstance(champion.get(key), str) or not champion[key]:
-            raise BadArtifact(f"its record has no {key}: {workspace.champion_file}")
-    if champion["model_sha256"] == metrics.get("model_sha256"):
+    sha256 = champion.get("model_sha256")
+    if not isinstance(sha256, str) or not sha256:
+        raise BadArtifact(f"its record has no model_sha256: {workspace.champion_file}")
+    if sha256 == metrics.get("model_sha256"):
         return [Check("champion", True, None, None, f"the candidate is version {version}, already published")]
+    if answers is None:
+        raise BadArtifact("the candidate's own answers are not to be had")
 
-    if champion["test_sha256"] == metrics.get("test_sha256"):
-        recorded = champion.get("metrics")
-        published, problem = _share(recorded if isinstance(recorded, dict) else {}, "accuracy")
-        if published is None:
-            raise BadArtifact(f"in its record {problem}: {workspace.champion_file}")
-        how = "as recorded"
-    else:
-        published = _score_again(workspace, champion, metrics)
-        how = "measured again: its record is of other test images"
-    mine, problem = _share(metrics, "accuracy")
-    floor = published - params.max_accuracy_drop
-    # A tolerance for the subtraction, far below one image.
-    passed = mine is not None and mine >= floor - 1e-9
+    theirs = _score_now(workspace, champion, answers.test)
+    paired = pair(answers.right, theirs)
+    low, high = bootstrap_interval(paired)
+    margin = -params.max_accuracy_drop
     detail = (
-        problem or f"{mine:.4f} against {published:.4f} of version {version} ({how}); at least {floor:.4f} is asked"
+        f"{answers.right.mean():.4f} against {theirs.mean():.4f} of version {version} on the same {paired.images:,} "
+        f"images: {paired.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}; its low end may be {margin}"
     )
-    return [Check("accuracy_against_champion", passed, mine, round(floor, 9), detail)]
+    if low < margin <= paired.difference:
+        detail += f". {paired.images:,} images are too few to tell, or the margin is too narrow"
+    probability = mcnemar(paired)
+    worse = paired.lost > paired.gained and probability < params.significance
+    counts = f"{paired.lost:,} images only version {version} reads right, {paired.gained:,} only the candidate"
+    return [
+        Check("accuracy_against_champion", low >= margin, low, margin, detail),
+        Check(
+            "worse_than_champion", not worse, probability, params.significance,
+            f"{counts}: McNemar's p = {probability:.2g}; worse with p below {params.significance} is rejected",
+        ),
+    ]  # fmt: skip
 
 
-def _score_again(workspace: Workspace, champion: dict[str, Any], metrics: dict[str, Any]) -> float:
-    """Accuracy of the champion's SavedModel on the test split of now."""
+def _score_now(workspace: Workspace, champion: dict[str, Any], test: Split) -> np.ndarray:
+    """Which test images the champion's SavedModel reads right, bool (N,); its recorded figure is not asked."""
     path = champion.get("path")
     if not isinstance(path, str) or not path:
-        raise BadArtifact(f"it was measured on other test images and its record has no path: {workspace.champion_file}")
-    test = load_split(workspace.artifact("prepare", "test.npz"))
-    if test.sha256() != metrics.get("test_sha256"):
-        raise BadArtifact(
-            "it was measured on other test images, and artifacts/prepare/test.npz is not what the candidate saw"
-        )
-    # Seldom needed and slow to load.
+        raise BadArtifact(f"its record has no path: {workspace.champion_file}")
+    # Slow to load, and not needed when there is no champion, or it is the candidate.
     import_tensorflow_quietly(with_keras=False)
-    from training.verify import predict_saved_model
+    from training.verify import predict_saved_model, verify
 
-    _, digits = predict_saved_model(workspace.root / path, test.images)
-    return float((digits == test.labels).mean())
+    folder = workspace.root / path
+    verify(folder)  # a damaged one would be easy to match
+    _, digits = predict_saved_model(folder, test.images)
+    return np.asarray(digits == test.labels)
 
 
 def checks_table(decision: Decision) -> Table:

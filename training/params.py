@@ -191,7 +191,9 @@ class GateParams(_Section):
     min_class_recall: Share
     max_ece: Share
     max_accuracy_drop: Share
-    """Against the published version, on the same test images."""
+    """How far below 0 the 95 % interval of the difference to the published version's accuracy may reach."""
+    significance: float = Field(gt=0.0, lt=1.0)
+    """A candidate worse than the published version with a smaller p-value (McNemar's test) is rejected."""
 
 
 class ExportParams(_Section):

@@ -65,6 +65,7 @@ def small_params(**changes: Any) -> dict[str, Any]:
         "gate.min_macro_f1": 0.7,
         "gate.min_class_recall": 0.4,
         "gate.max_ece": 0.3,
+        "gate.max_accuracy_drop": 0.1,
     }
     for key, value in {**small, **changes}.items():
         *sections, leaf = key.split(".")

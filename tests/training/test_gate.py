@@ -1,6 +1,7 @@
 """The gate fails closed: what cannot be read, computed or compared is a rejection with its reason."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,45 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from digits import contract
 from tests.training.conftest import small_params
 from training.gate import gate, judge
+from training.paired import Paired, bootstrap_interval, mcnemar
 from training.params import GateParams, Params
-from training.workspace import Split, Workspace, save_split
+from training.workspace import Split, Workspace, import_tensorflow_quietly, save_split
 
-PARAMS = GateParams(min_accuracy=0.98, min_macro_f1=0.98, min_class_recall=0.95, max_ece=0.05, max_accuracy_drop=0.001)
-TEST = Split(np.zeros((20, 28, 28), np.uint8), np.arange(20) % 10)
+PARAMS = GateParams(
+    min_accuracy=0.98,
+    min_macro_f1=0.98,
+    min_class_recall=0.95,
+    max_ece=0.05,
+    max_accuracy_drop=0.003,
+    significance=0.05,
+)
+IMAGES = 10_000
+LABELS = np.arange(IMAGES) % 10
+
+
+def answers(wrong_from: int, wrong_to: int) -> np.ndarray:
+    """Digits (N,) that are right except for a stretch of the images."""
+    digits = LABELS.copy()
+    digits[wrong_from:wrong_to] = (digits[wrong_from:wrong_to] + 1) % 10
+    return digits
+
+
+def images_as_read(champion_reads: np.ndarray) -> Split:
+    """Test images whose first pixel is what the champion of these tests reads in them."""
+    images = np.zeros((IMAGES, 28, 28), np.uint8)
+    images[:, 0, 0] = champion_reads
+    return Split(images, LABELS)
+
+
+CANDIDATE_READS = answers(0, 60)
+TEST = images_as_read(answers(0, 60))
 METRICS = {
     "model_sha256": "a" * 64,
     "test_sha256": TEST.sha256(),
-    "accuracy": 0.99,
+    "accuracy": 0.994,
     "macro_f1": 0.99,
     "min_class_recall": 0.97,
     "ece": 0.01,
@@ -29,7 +58,7 @@ CHAMPION = {
     "model_sha256": "b" * 64,
     "test_sha256": TEST.sha256(),
     "path": "models/digits/3",
-    "metrics": {**METRICS, "accuracy": 0.9905},
+    "metrics": {**METRICS, "accuracy": 0.123},
 }
 
 
@@ -38,8 +67,59 @@ def workspace(tmp_path: Path) -> Workspace:
     workspace = Workspace(tmp_path)
     (tmp_path / "models" / "champion").mkdir(parents=True)
     put_metrics(workspace, METRICS)
+    put_answers(workspace, CANDIDATE_READS)
     save_split(workspace.stage_dir("prepare") / "test.npz", TEST)
     return workspace
+
+
+@pytest.fixture(scope="session")
+def champion_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real SavedModel with the contract's signature, which reads the digit that an image's first pixel says."""
+    import_tensorflow_quietly(with_keras=False)
+    import tensorflow as tf
+
+    from training.verify import GOLDEN_FILE
+
+    spec = tf.TensorSpec((None, 28, 28), tf.uint8, name=contract.INPUT_IMAGES)
+
+    @tf.function(input_signature=[spec])
+    def classify(images: Any) -> dict[str, Any]:
+        digit = tf.cast(images[:, 0, 0], tf.int64)
+        return {contract.OUTPUT_PROBABILITIES: tf.one_hot(digit, 10), contract.OUTPUT_DIGIT: digit}
+
+    folder = tmp_path_factory.mktemp("champion") / "model"
+    tf.saved_model.save(tf.Module(), str(folder), signatures={contract.SIGNATURE: classify.get_concrete_function()})
+    (folder / GOLDEN_FILE).parent.mkdir()
+    np.savez(
+        folder / GOLDEN_FILE,
+        images=TEST.images[:20],
+        probabilities=np.eye(10, dtype=np.float32)[TEST.images[:20, 0, 0]],
+    )
+    return folder
+
+
+@pytest.fixture
+def with_champion(workspace: Workspace, champion_model: Path) -> Workspace:
+    """Version 3 is published: on disk, and in its record."""
+    shutil.copytree(champion_model, workspace.root / "models/digits/3")
+    put_champion(workspace, CHAMPION)
+    return workspace
+
+
+def put_answers(workspace: Workspace, digits: np.ndarray, labels: np.ndarray = LABELS) -> None:
+    probabilities = np.eye(10, dtype=np.float32)[digits]
+    np.savez(workspace.stage_dir("evaluate") / "predictions.npz", probabilities=probabilities, labels=labels)
+
+
+def put_case(workspace: Workspace, *, lost: int, gained: int) -> None:
+    """60 images that neither reads right, ``lost`` that only the champion does, ``gained`` that only the candidate."""
+    test = images_as_read(answers(0, 60 + gained))
+    digits = answers(0, 60)
+    digits[5000 : 5000 + lost] = (LABELS[5000 : 5000 + lost] + 1) % 10
+    save_split(workspace.stage_dir("prepare") / "test.npz", test)
+    put_answers(workspace, digits)
+    accuracy = float((digits == LABELS).mean())
+    put_metrics(workspace, {**METRICS, "test_sha256": test.sha256(), "accuracy": accuracy})
 
 
 def put_metrics(workspace: Workspace, content: Any) -> None:
@@ -116,18 +196,100 @@ def test_absent_metrics_are_a_rejection(workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "accepted"),
-    [(0.9915, True), (0.9905, True), (0.9895, True), (0.9894, False), (0.985, False)],
+    ("lost", "gained", "failing"),
+    [
+        (0, 0, set()),
+        (35, 35, set()),  # an equal one, trained anew
+        (40, 35, set()),
+        (20, 60, set()),
+        (30, 14, {"worse_than_champion"}),  # 0.16 % worse: within the margin, yet not by chance
+        (60, 46, {"accuracy_against_champion"}),  # may be chance, may be 0.3 % worse
+        (80, 40, {"accuracy_against_champion", "worse_than_champion"}),
+    ],
 )
-def test_a_candidate_may_fall_behind_the_champion_by_the_allowed_drop_and_no_more(
-    workspace: Workspace, accuracy: float, accepted: bool
+def test_a_candidate_may_be_a_little_worse_by_chance_but_neither_surely_nor_by_more_than_the_margin(
+    with_champion: Workspace, lost: int, gained: int, failing: set[str]
 ) -> None:
-    put_champion(workspace, CHAMPION)
-    put_metrics(workspace, {**METRICS, "accuracy": accuracy})
-    decision = judge(workspace, PARAMS)
-    assert decision.accepted == accepted
+    """10,000 images; by hand: half an interval is 1.96 times the root of lost + gained, over 10,000."""
+    put_case(with_champion, lost=lost, gained=gained)
+    decision = judge(with_champion, PARAMS)
+    assert {check.name for check in decision.checks if not check.passed} == failing
+    assert decision.accepted == (not failing)
     assert not decision.first_release
-    assert any("0.9905 of version 3" in check.detail for check in decision.checks)
+    rows = {check.name: check for check in decision.checks}
+    half = 1.96 * (lost + gained) ** 0.5 / IMAGES
+    assert rows["accuracy_against_champion"].value == pytest.approx((gained - lost) / IMAGES - half, abs=1.5e-4)
+    assert f"{lost} images only version 3 reads right, {gained} only" in rows["worse_than_champion"].detail
+
+
+def test_equal_candidates_pass_nearly_always() -> None:
+    """Of networks that are equally good and of which one alone is right on 70 of 10,000 images, over 90 % pass.
+
+    Two seeds of the quick profile differ on 48.
+    """
+    passed = 0
+    for gained in np.random.default_rng(3).binomial(70, 0.5, 500):
+        paired = Paired(10_000, int(gained), 70 - int(gained))
+        passed += bootstrap_interval(paired)[0] >= -0.003 and (paired.difference >= 0 or mcnemar(paired) >= 0.05)
+    assert passed > 450
+
+
+def test_the_champion_is_measured_now_whatever_its_record_says(with_champion: Workspace) -> None:
+    """Its record has an accuracy of 0.123 and, in the second case, other test images."""
+    for record in (CHAMPION, {**CHAMPION, "test_sha256": "c" * 64, "metrics": None}):
+        put_champion(with_champion, record)
+        (row,) = [c for c in judge(with_champion, PARAMS).checks if c.name == "accuracy_against_champion"]
+        assert "0.9940 against 0.9940 of version 3" in row.detail
+
+
+def test_a_damaged_champion_is_no_easy_mark(with_champion: Workspace) -> None:
+    """It answers otherwise than on the day it was exported: a rejection, not a comparison."""
+    from training.verify import GOLDEN_FILE
+
+    golden = with_champion.root / "models/digits/3" / GOLDEN_FILE
+    np.savez(golden, images=TEST.images[:20], probabilities=np.full((20, 10), 0.1, np.float32))
+    decision = judge(with_champion, PARAMS)
+    assert not decision.accepted
+    assert "answers otherwise than Keras did" in decision.reason
+
+
+def break_answers(workspace: Workspace, how: str) -> None:
+    file = workspace.stage_dir("evaluate") / "predictions.npz"
+    match how:
+        case "absent":
+            file.unlink()
+        case "damaged":
+            file.write_bytes(file.read_bytes()[:1000])
+        case "of other images":
+            put_answers(workspace, CANDIDATE_READS, np.roll(LABELS, 1))
+        case "too few":
+            put_answers(workspace, CANDIDATE_READS[:-1], LABELS)
+        case "better than the metrics":
+            put_answers(workspace, LABELS)
+        case "no test images":
+            (workspace.stage_dir("prepare") / "test.npz").unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("absent", "is missing"),
+        ("damaged", "cannot be read"),
+        ("of other images", "an answer for each test image"),
+        ("too few", "an answer for each test image"),
+        ("better than the metrics", "disagree: 1.0 against 0.994"),
+        ("no test images", "is missing"),
+    ],
+)
+def test_answers_that_cannot_be_counted_are_a_rejection_also_of_a_first_release(
+    workspace: Workspace, how: str, said: str
+) -> None:
+    break_answers(workspace, how)
+    decision = judge(workspace, PARAMS)
+    assert not decision.accepted
+    assert decision.first_release
+    assert [check.name for check in decision.checks if not check.passed] == ["test_answers"]
+    assert said in decision.reason
 
 
 @pytest.mark.parametrize(
@@ -139,12 +301,8 @@ def test_a_candidate_may_fall_behind_the_champion_by_the_allowed_drop_and_no_mor
         ({}, "no version number"),
         ({**CHAMPION, "version": "3"}, "no version number"),
         ({**CHAMPION, "model_sha256": None}, "no model_sha256"),
-        ({**CHAMPION, "test_sha256": ""}, "no test_sha256"),
-        ({**CHAMPION, "metrics": None}, "accuracy is missing"),
-        ({**CHAMPION, "metrics": {}}, "accuracy is missing"),
-        ({**CHAMPION, "metrics": {"accuracy": float("nan")}}, "accuracy is 'nan'"),
-        ({**CHAMPION, "test_sha256": "c" * 64, "path": None}, "no path"),
-        ({**CHAMPION, "test_sha256": "c" * 64}, "no complete version"),
+        ({**CHAMPION, "path": None}, "no path"),
+        (CHAMPION, "has no readable"),
     ],
 )
 def test_an_unreadable_champion_is_a_rejection_with_its_reason(workspace: Workspace, content: Any, said: str) -> None:
@@ -155,14 +313,12 @@ def test_an_unreadable_champion_is_a_rejection_with_its_reason(workspace: Worksp
     assert said in decision.reason
 
 
-def test_a_champion_measured_on_other_images_is_not_compared_when_the_test_split_is_not_the_candidates(
-    workspace: Workspace,
-) -> None:
-    put_champion(workspace, {**CHAMPION, "test_sha256": "c" * 64})
-    put_metrics(workspace, {**METRICS, "test_sha256": "d" * 64})
-    decision = judge(workspace, PARAMS)
+def test_nothing_is_compared_when_the_test_split_is_not_the_candidates(with_champion: Workspace) -> None:
+    put_metrics(with_champion, {**METRICS, "test_sha256": "d" * 64})
+    decision = judge(with_champion, PARAMS)
     assert not decision.accepted
     assert "not what the candidate saw" in decision.reason
+    assert "own answers are not to be had" in decision.reason
 
 
 def test_the_champion_itself_is_accepted_as_already_published(workspace: Workspace) -> None:
