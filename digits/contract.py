@@ -8,8 +8,9 @@ from typing import Final
 MODEL_NAME: Final = "digits"
 """The model's name at TensorFlow Serving, and the folder of its versions: ``models/digits/<version>/``."""
 
-CLASS_COUNT: Final = 10
-"""Digits 0 to 9; class ``k`` is the digit ``k``."""
+DIGITS: Final = tuple("0123456789")
+"""The names of the classes of MNIST. A model of other data has others, and as many as there are: ``CLASSES_SIGNATURE``
+says which."""
 
 IMAGE_HEIGHT: Final = 28
 IMAGE_WIDTH: Final = 28
@@ -17,7 +18,8 @@ IMAGE_BYTES: Final = IMAGE_HEIGHT * IMAGE_WIDTH
 """A canonical image: uint8 (28, 28), row by row, ink 255 on paper 0."""
 
 SIGNATURE: Final = "serving_default"
-"""Input ``images`` uint8 [N, 28, 28] -> outputs ``probabilities`` float32 [N, 10] and ``digit`` int64 [N]."""
+"""Input ``images`` uint8 [N, 28, 28] -> outputs ``probabilities`` float32 [N, C] and ``digit`` int64 [N], the most
+probable of the C classes: for MNIST the ten digits, class ``k`` being the digit ``k``."""
 
 INPUT_IMAGES: Final = "images"
 OUTPUT_PROBABILITIES: Final = "probabilities"
@@ -28,6 +30,14 @@ ENCODED_SIGNATURE: Final = "encoded"
 TensorFlow decodes whatever size a picture declares."""
 
 INPUT_IMAGE_BYTES: Final = "image_bytes"
+
+CLASSES_SIGNATURE: Final = "classes"
+"""Input ``digit`` int64 [N], each 0 to C - 1 -> output ``name`` string [N]: what these classes are called."""
+
+OUTPUT_NAME: Final = "name"
+
+CLASSES_FILE: Final = "assets.extra/classes.json"
+"""Inside a published version: the same names, a JSON list in the order of the labels."""
 
 LINEAGE_FILE: Final = "assets.extra/lineage.json"
 """Inside a published version: where it came from (commit, data, parameters, metrics, decision)."""

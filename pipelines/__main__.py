@@ -244,7 +244,7 @@ def score(
             help="The gateway's address, or the model's folder. Default: the gateway here, or the served version."
         ),
     ] = None,
-    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also a column for each digit.")] = False,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also a column for each class.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUTPUT, and an unfinished job with other settings.")
     ] = False,

@@ -22,9 +22,8 @@ from typing import Any, Final
 import numpy as np
 from ruamel.yaml import YAML
 
-from digits.contract import CLASS_COUNT
 from pipelines import versioning
-from pipelines.arrays import idx_header
+from pipelines.arrays import BadInput, idx_header
 from pipelines.batches import Batch, read_batch
 from pipelines.dataset import digest_of
 from pipelines.disk import fsync_folder, read_yaml
@@ -110,8 +109,14 @@ def add(
         OSError: it cannot be stored. Nothing was changed.
     """
     from training.data import read_raw_split
+    from training.params import load_params
 
-    batch = read_batch(path, on_picture)
+    data = load_params(settings.project / "params.yaml").data
+    if data.format != "idx":
+        raise BadInput(
+            "data.format in params.yaml is folder: put the pictures into data/train/CLASS yourself, then dvc add data"
+        )
+    batch = read_batch(path, data.classes, on_picture)
     train, test = (read_raw_split(settings.data_dir, name) for name in ("train", "test"))
     refused = judge(batch, train.images, train.labels, test.images, least_ink_px(settings), on_compared)
     names = {one.name for one in refused}
@@ -121,7 +126,7 @@ def add(
     _write_refused(settings.run_dir / REFUSED, refused)
     if dry_run or not done.added:
         return done
-    _decide(settings, repo, batch, kept, done)
+    _decide(settings, repo, batch, kept, done, len(data.classes))
     complete(settings, repo)
     return replace(done, data_hash=versioning.data_hash(settings))
 
@@ -228,7 +233,7 @@ def _rows_by_hash(images: np.ndarray) -> dict[bytes, int]:
     return {key: row for row, key in enumerate(_hashes(images))}
 
 
-def _decide(settings: Settings, repo: Any, batch: Batch, kept: np.ndarray, done: Added) -> None:
+def _decide(settings: Settings, repo: Any, batch: Batch, kept: np.ndarray, done: Added, class_count: int) -> None:
     """Write all that changes beside the old, see that there is room for the DVC cache, and put it in the journal."""
     transaction = _transaction(settings)
     transaction.begin()
@@ -252,7 +257,7 @@ def _decide(settings: Settings, repo: Any, batch: Batch, kept: np.ndarray, done:
     with repo.lock:  # another DVC command at work is said now, while nothing has changed
         pass
     places = {"params.yaml": "params.yaml", **{name: f"data/{name}" for name in shapes}}
-    transaction.decide(places, _facts(batch, kept, done))
+    transaction.decide(places, _facts(batch, kept, done, class_count))
 
 
 def _new_params(settings: Settings, folder: Path, train_images: int) -> str:
@@ -272,8 +277,8 @@ def _new_params(settings: Settings, folder: Path, train_images: int) -> str:
     return text.getvalue()
 
 
-def _facts(batch: Batch, kept: np.ndarray, done: Added) -> dict[str, Any]:
-    counts = np.bincount(batch.labels[kept], minlength=CLASS_COUNT).tolist()
+def _facts(batch: Batch, kept: np.ndarray, done: Added, class_count: int) -> dict[str, Any]:
+    counts = np.bincount(batch.labels[kept], minlength=class_count).tolist()
     return {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "who": _who(),

@@ -71,7 +71,7 @@ def wait_until_labelled(settings: Settings, label: str, number: int, limit_s: fl
 
 
 def predict(settings: Settings, number: int, images_u8: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One version's probabilities (N, 10) and digits (N,) for uint8 images (N, 28, 28).
+    """One version's probabilities (N, C) and digits (N,) for uint8 images (N, 28, 28).
 
     Raises:
         NoAnswer: there is none, or it is no such answer.

@@ -12,7 +12,7 @@ from pipelines.settings import Settings
 from pipelines.versions import Version
 
 _GOLDEN_FILE: Final = "assets.extra/golden.npz"
-"""In a version folder: ``images`` uint8 (N, 28, 28) and ``probabilities`` float32 (N, 10), from the trained network."""
+"""In a version folder: ``images`` uint8 (N, 28, 28) and ``probabilities`` float32 (N, C), from the trained network."""
 
 _TOLERANCE: Final = 1e-3
 """Greatest difference of a probability: the server may run on another kind of processor than the training did."""

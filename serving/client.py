@@ -33,13 +33,17 @@ LONGEST_PAUSE_S: Final = 30.0
 
 
 class Reading(NamedTuple):
-    """One digit that was read; ``probabilities`` are ten, for the digits 0 to 9."""
+    """One digit that was read; ``probabilities`` are ten, for the digits 0 to 9.
+
+    For a model of other classes ``digit`` is the number of one, and ``label`` what it is called.
+    """
 
     digit: int
     confidence: float
     probabilities: tuple[float, ...]
     model_version: str
     request_id: str
+    label: str = ""
 
 
 class GatewayError(DigitsError):
@@ -139,6 +143,7 @@ class RestClient(_Client):
                     probabilities=tuple(found["probabilities"]),
                     model_version=found["model_version"],
                     request_id=found["request_id"],
+                    label=found.get("label", ""),
                 )
             code, message = found["error"]["code"], found["error"]["message"]
         except (orjson.JSONDecodeError, KeyError, TypeError) as err:
@@ -192,7 +197,14 @@ class GrpcClient(_Client):
             found = self._stub.Classify(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as err:
             raise _rpc_error(err, self._address) from err
-        return Reading(found.digit, found.confidence, tuple(found.probabilities), found.model_version, found.request_id)
+        return Reading(
+            found.digit,
+            found.confidence,
+            tuple(found.probabilities),
+            found.model_version,
+            found.request_id,
+            found.label,
+        )
 
 
 _BY_CODE: Final[dict[str, type[DigitsError]]] = {
@@ -321,12 +333,12 @@ def _show(file: Path, found: Reading | DigitsError, *, as_json: bool) -> None:
         if isinstance(found, DigitsError):
             facts["error"] = {"code": found.code, "message": str(found)}
         else:
-            facts |= found._asdict()
+            facts |= {name: value for name, value in found._asdict().items() if name != "label" or value}
         print(orjson.dumps(facts).decode())  # noqa: T201 - a command line prints
     elif isinstance(found, DigitsError):
         print(f"{file}: {found}", file=sys.stderr)  # noqa: T201
     else:
-        print(f"{file}\t{found.digit}\t{found.confidence:.2%}\tmodel {found.model_version}")  # noqa: T201
+        print(f"{file}\t{found.label or found.digit}\t{found.confidence:.2%}\tmodel {found.model_version}")  # noqa: T201
 
 
 if __name__ == "__main__":

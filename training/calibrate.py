@@ -14,7 +14,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     networks", ICML 2017). One number fitted on thousands of images does not overfit them.
 
     Args:
-        logits: float (N, 10), N at least 1.
+        logits: float (N, C), N at least 1.
         labels: int (N,), the true digits.
 
     Returns:
@@ -31,7 +31,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def abstention_threshold(probabilities: np.ndarray, share: float) -> float:
-    """The confidence below which ``share`` of these answers lie: float (N, 10) -> 0..1. With share 0, 0."""
+    """The confidence below which ``share`` of these answers lie: float (N, C) -> 0..1. With share 0, 0."""
     if share == 0:
         return 0.0
     return float(np.quantile(probabilities.max(axis=1).astype(np.float64), share))
@@ -41,7 +41,7 @@ def selective_curve(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.n
     """Accuracy of the surest answers, over how many of them are given (El-Yaniv and Wiener, JMLR 2010).
 
     Args:
-        probabilities: float (N, 10).
+        probabilities: float (N, C).
         labels: int (N,).
 
     Returns:

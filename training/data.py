@@ -1,26 +1,49 @@
-"""The raw files: IDX in, arrays out, and a split that never changes for a seed.
+"""The raw files: IDX or folders of pictures in, arrays out, and a split that never changes for a seed.
 
 IDX is the format of yann.lecun.com/exdb/mnist: a magic number (two zero bytes, the type 0x08 for uint8, the number of
 dimensions), each dimension as a big-endian uint32, then the bytes.
 """
 
+import functools
 import struct
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from digits.contract import CLASS_COUNT, IMAGE_HEIGHT, IMAGE_WIDTH
-from digits.errors import DigitsError
-from training.workspace import Split
+from digits.contract import IMAGE_HEIGHT, IMAGE_WIDTH
+from training.folders import read_folder
+from training.params import DataParams
+from training.workspace import BadRawData, Split
 
 _UINT8 = 0x08
 _MEND = "Fetch it again with `python -m pipelines ingest`."
 
 
-class BadRawData(DigitsError):
-    """A raw file is missing or is not what it should be."""
+SPLITS = ("train", "test")
 
-    code = "bad_raw_data"
+
+def read_splits(raw_dir: Path, params: DataParams, console: Console) -> dict[str, Split]:
+    """Read the images and labels of ``train`` and ``test``, whatever they lie as; a bar shows how pictures are read.
+
+    Raises:
+        BadRawData: as ``read_raw_split`` and ``read_folder``.
+    """
+    if params.format == "idx":
+        return {name: read_raw_split(raw_dir, name) for name in SPLITS}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    splits = {}
+    with Progress(*columns, console=console, transient=True) as progress:
+        for name in SPLITS:
+            task = progress.add_task(f"reading pictures of {name}", total=None)
+            show = functools.partial(_show, progress, task)
+            splits[name] = read_folder(raw_dir / name, params.classes, show)
+    return splits
+
+
+def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -77,39 +100,42 @@ def read_raw_split(raw_dir: Path, name: str) -> Split:
     return Split(images, labels.astype(np.int64))
 
 
-def split_stratified(labels: np.ndarray, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choose ``held_out`` of the indices so that each digit keeps its share; the rest stay for training.
+def split_stratified(
+    labels: np.ndarray, held_out: int, classes: tuple[str, ...], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose ``held_out`` of the indices so that each class keeps its share; the rest stay for training.
 
     Args:
-        labels: int (N,), 0 to 9.
+        labels: int (N,), 0 to C - 1.
         held_out: how many to set aside, fewer than N.
+        classes: the names of the C classes.
         seed: the same seed makes the same choice.
 
     Returns:
         The kept and the held-out indices, each sorted; together every index once.
 
     Raises:
-        BadRawData: there are too few images, or a digit would have none on one side.
+        BadRawData: there are too few images, or a class would have none on one side.
     """
     if held_out >= len(labels):
         raise BadRawData(
             f"prepare.validation_images is {held_out}, but there are only {len(labels)} training images: set it lower"
         )
-    counts = np.bincount(labels, minlength=CLASS_COUNT)
+    counts = np.bincount(labels, minlength=len(classes))
     exact = counts * held_out / len(labels)
     quota = np.floor(exact).astype(int)
     # Largest remainders make the quotas add up.
-    for digit in np.argsort(quota - exact, kind="stable")[: held_out - quota.sum()]:
-        quota[digit] += 1
+    for label in np.argsort(quota - exact, kind="stable")[: held_out - quota.sum()]:
+        quota[label] += 1
     rng = np.random.default_rng(seed)
     chosen = []
-    for digit in range(CLASS_COUNT):
-        members = np.flatnonzero(labels == digit)
-        if quota[digit] == 0 or quota[digit] == len(members):
+    for label, name in enumerate(classes):
+        members = np.flatnonzero(labels == label)
+        if quota[label] == 0 or quota[label] == len(members):
             raise BadRawData(
-                f"digit {digit} has {len(members)} training images, too few to split {held_out} of {len(labels)} off"
+                f"class {name} has {len(members)} training images, too few to split {held_out} of {len(labels)} off"
             )
-        chosen.append(rng.permutation(members)[: quota[digit]])
+        chosen.append(rng.permutation(members)[: quota[label]])
     out = np.sort(np.concatenate(chosen))
     kept = np.setdiff1d(np.arange(len(labels)), out, assume_unique=True)
     return kept, out

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from digits.contract import CLASS_COUNT
 from training.calibrate import selective_curve
 from training.model import load_model, model_sha256, predict_probabilities
 from training.params import Params
@@ -41,23 +40,30 @@ def evaluate(workspace: Workspace, params: Params, console: Console) -> None:
     out = workspace.stage_dir("evaluate")
     with whole_file(out / "predictions.npz") as part:
         np.savez(part, probabilities=probabilities, labels=test.labels)
+    names = params.data.classes
+    classes = [{**row, "digit": names[row["digit"]]} for row in classes]
     answers = zip(test.labels.tolist(), predicted.tolist(), strict=True)
-    _write_csv(out / "confusion.csv", [{"actual": actual, "predicted": read} for actual, read in answers])
+    rows = [{"actual": names[actual], "predicted": names[read]} for actual, read in answers]
+    _write_csv(out / "confusion.csv", rows)
     _write_csv(out / "classes.csv", classes)
     _write_csv(out / "reliability.csv", bins)
 
     count, errors = metrics["test_images"], metrics["errors"]
     interval = f"{metrics['accuracy_low']:.2%} to {metrics['accuracy_high']:.2%}"
     headline = f"{metrics['accuracy']:.2%} right (95 % interval {interval}, n = {count:,})"
-    draw_confusion(out / "confusion.png", confusion_matrix(test.labels, predicted), f"Test images: {headline}")
+    draw_confusion(
+        out / "confusion.png", confusion_matrix(test.labels, predicted, len(names)), names, f"Test images: {headline}"
+    )
     shown = min(errors, params.evaluate.gallery_images)
     title = f"{errors} of {count:,} test images misread; the {shown} surest mistakes, with confidence and index"
-    draw_mistakes(out / "mistakes.png", test.images, test.labels, probabilities, params.evaluate.gallery_images, title)
+    draw_mistakes(
+        out / "mistakes.png", test.images, test.labels, probabilities, names, params.evaluate.gallery_images, title
+    )
     draw_reliability(out / "reliability.png", bins, metrics["ece"], count)
     coverage, accuracy = selective_curve(probabilities, test.labels)
     draw_selective(out / "selective.png", coverage, accuracy, metrics["coverage"])
     metrics = {"schema": 1, "model_sha256": model_sha256(model), "test_sha256": sealed, **metrics}
-    write_report(out, metrics, classes, test, probabilities)
+    write_report(out, metrics, classes, names, test, probabilities)
     write_json(out / "metrics.json", metrics)
     console.print(f"test accuracy {headline}; macro F1 {metrics['macro_f1']:.4f}, ECE {metrics['ece']:.4f}")
 
@@ -66,8 +72,8 @@ def measure(probabilities: np.ndarray, labels: np.ndarray, bin_count: int) -> di
     """All figures of a set of answers.
 
     Args:
-        probabilities: float (N, 10), rows sum to 1.
-        labels: int (N,), the true digits.
+        probabilities: float (N, C), rows sum to 1.
+        labels: int (N,), the true classes.
         bin_count: equal-width bins of confidence for the calibration error.
 
     Returns:
@@ -76,7 +82,8 @@ def measure(probabilities: np.ndarray, labels: np.ndarray, bin_count: int) -> di
         that was never predicted has precision 0.
     """
     predicted = probabilities.argmax(axis=1)
-    confusion = confusion_matrix(labels, predicted)
+    class_count = probabilities.shape[1]
+    confusion = confusion_matrix(labels, predicted, class_count)
     right = np.diag(confusion).astype(float)
     precision = right / np.maximum(confusion.sum(axis=0), 1)
     recall = right / np.maximum(confusion.sum(axis=1), 1)
@@ -96,7 +103,7 @@ def measure(probabilities: np.ndarray, labels: np.ndarray, bin_count: int) -> di
         "macro_f1": float(f1.mean()),
         "min_class_recall": float(recall.min()),
         "nll": float(-np.log(np.maximum(truth, 1e-12)).mean()),
-        "brier": float(((probabilities - np.eye(CLASS_COUNT)[labels]) ** 2).sum(axis=1).mean()),
+        "brier": float(((probabilities - np.eye(class_count)[labels]) ** 2).sum(axis=1).mean()),
         "ece": float(ece),
         "classes": [
             {
@@ -108,7 +115,7 @@ def measure(probabilities: np.ndarray, labels: np.ndarray, bin_count: int) -> di
                 "recall_high": wilson_interval(int(right[k]), int(confusion[k].sum()))[1],
                 "f1": float(f1[k]),
             }
-            for k in range(CLASS_COUNT)
+            for k in range(class_count)
         ],
         "reliability": bins,
     }
@@ -133,9 +140,10 @@ def measure_abstention(probabilities: np.ndarray, labels: np.ndarray, abstain_be
     }
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Counts (10, 10): row = true digit, column = predicted digit."""
-    return np.bincount(labels * CLASS_COUNT + predicted, minlength=CLASS_COUNT**2).reshape(CLASS_COUNT, CLASS_COUNT)
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, class_count: int) -> np.ndarray:
+    """Counts (C, C): row = true class, column = predicted class."""
+    counts = np.bincount(labels * class_count + predicted, minlength=class_count**2)
+    return counts.reshape(class_count, class_count)
 
 
 def wilson_interval(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:

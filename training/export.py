@@ -4,6 +4,7 @@ Batch normalisation is folded into the dense layers (at inference it is a scale 
 image four times as fast as the network exported as it was trained. The arithmetic from uint8 pixels on is in the graph.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def export(workspace: Workspace, params: Params, console: Console) -> None:
     shutil.rmtree(out / "saved_model", ignore_errors=True)
     try:
         golden = choose_golden(held_out, params.export.golden_images)
-        difference = write_saved_model(part, model, golden, params.export.warmup_batch_sizes)
+        difference = write_saved_model(part, model, params.data.classes, golden, params.export.warmup_batch_sizes)
         part.rename(out / "saved_model")
     except (OSError, tf.errors.OpError) as err:
         raise NotWritten(
@@ -85,7 +86,7 @@ def export(workspace: Workspace, params: Params, console: Console) -> None:
             "model_sha256": sha256,
             "golden_images": len(golden),
             "golden_max_difference": round(difference, 9),
-            "signatures": [contract.SIGNATURE, contract.ENCODED_SIGNATURE],
+            "signatures": [contract.SIGNATURE, contract.ENCODED_SIGNATURE, contract.CLASSES_SIGNATURE],
         },
     )
     console.print(
@@ -103,26 +104,27 @@ def _write_rejection(out: Path, console: Console) -> None:
 
 
 def choose_golden(split: Split, count: int) -> np.ndarray:
-    """The first images of each digit in turn, uint8 (count, 28, 28): every digit is among them."""
+    """The first images of each class in turn, uint8 (count, 28, 28): every class is among the first of them."""
     ranks = np.zeros(len(split.labels), int)
-    for digit in range(contract.CLASS_COUNT):
-        members = split.labels == digit
+    for label in np.unique(split.labels):
+        members = split.labels == label
         ranks[members] = np.arange(members.sum())
     return split.images[np.lexsort((split.labels, ranks))[:count]]
 
 
 def write_saved_model(
-    folder: Path, model: keras.Model, golden: np.ndarray, warmup_batch_sizes: tuple[int, ...]
+    folder: Path, model: keras.Model, classes: tuple[str, ...], golden: np.ndarray, warmup_batch_sizes: tuple[int, ...]
 ) -> float:
     """Write a complete version folder and return its greatest difference from Keras on the golden images.
 
     Raises:
         NotTheSame: it differs by more than rounding.
     """
-    served = ServedPerceptron(model)
+    served = ServedPerceptron(model, classes)
     tf.saved_model.save(served, str(folder), signatures=served.signatures())
     extra = folder / "assets.extra"
     extra.mkdir()
+    (folder / contract.CLASSES_FILE).write_text(json.dumps(classes, ensure_ascii=False) + "\n", encoding="utf-8")
     expected = predict_probabilities(model, golden)
     np.savez_compressed(folder / GOLDEN_FILE, images=golden, probabilities=expected)
     _write_warmup(folder / contract.WARMUP_FILE, golden, warmup_batch_sizes)
@@ -132,8 +134,9 @@ def write_saved_model(
 class ServedPerceptron(tf.Module):
     """The perceptron of ``training.model.build_model`` with its normalisation folded in."""
 
-    def __init__(self, model: keras.Model) -> None:
+    def __init__(self, model: keras.Model, classes: tuple[str, ...]) -> None:
         super().__init__(name="digits")
+        self._classes = classes
         self._layers: list[tuple[Any, ...]] = [
             tuple(tf.Variable(a, trainable=False) if isinstance(a, np.ndarray) else a for a in layer)
             for layer in fold_layers(model)
@@ -147,11 +150,13 @@ class ServedPerceptron(tf.Module):
         shape = (None, contract.IMAGE_HEIGHT, contract.IMAGE_WIDTH)
         images = tf.TensorSpec(shape, tf.uint8, name=contract.INPUT_IMAGES)
         encoded = tf.TensorSpec((None,), tf.string, name=contract.INPUT_IMAGE_BYTES)
+        digit = tf.TensorSpec((None,), tf.int64, name=contract.OUTPUT_DIGIT)
         return {
             contract.SIGNATURE: tf.function(self.classify, input_signature=[images]).get_concrete_function(),
             contract.ENCODED_SIGNATURE: tf.function(
                 self.classify_encoded, input_signature=[encoded]
             ).get_concrete_function(),
+            contract.CLASSES_SIGNATURE: tf.function(self.name_classes, input_signature=[digit]).get_concrete_function(),
         }
 
     def classify(self, images: Any) -> dict[str, Any]:
@@ -185,6 +190,10 @@ class ServedPerceptron(tf.Module):
 
         images = tf.map_fn(decode, image_bytes, fn_output_signature=tf.TensorSpec((height, width), tf.uint8))
         return self.classify(images)
+
+    def name_classes(self, digit: Any) -> dict[str, Any]:
+        """The names of classes int64 (N,)."""
+        return {contract.OUTPUT_NAME: tf.gather(tf.constant(self._classes), digit)}
 
 
 def fold_layers(model: keras.Model) -> list[tuple[Any, ...]]:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from digits.contract import CLASS_COUNT, IMAGE_HEIGHT, IMAGE_WIDTH
+from digits.contract import IMAGE_HEIGHT, IMAGE_WIDTH
 from training.params import ModelParams, TrainParams
 from training.workspace import BadArtifact
 
@@ -29,8 +29,8 @@ def resolve_precision(precision: str) -> str:
     return "mixed_bfloat16" if _BFLOAT16_FLAGS & set(flags.split()) else "float32"
 
 
-def build_model(params: ModelParams, precision: str) -> keras.Model:
-    """An untrained perceptron: images float32 (N, 28, 28) in 0..255 -> logits float32 (N, 10).
+def build_model(params: ModelParams, class_count: int, precision: str) -> keras.Model:
+    """An untrained perceptron: images float32 (N, 28, 28) in 0..255 -> logits float32 (N, C) of C classes.
 
     The scaling to 0..1 is its first layer, so that nobody who calls it can forget it. Initial weights come from Keras's
     global seed (``keras.utils.set_random_seed``).
@@ -57,7 +57,7 @@ def build_model(params: ModelParams, precision: str) -> keras.Model:
         x = keras.layers.Activation(params.activation, dtype=policy, name=f"activation_{i}")(x)
         if params.dropout:
             x = keras.layers.Dropout(params.dropout, dtype=policy, name=f"dropout_{i}")(x)
-    logits = keras.layers.Dense(CLASS_COUNT, kernel_regularizer=l2, dtype="float32", name="logits")(x)
+    logits = keras.layers.Dense(class_count, kernel_regularizer=l2, dtype="float32", name="logits")(x)
     return keras.Model(images, Calibration(dtype="float32", name="calibration")(logits), name="digits")
 
 
@@ -71,7 +71,7 @@ class Calibration(keras.layers.Layer):
         self.abstain_below = self.add_weight(shape=(), initializer="zeros", trainable=False, name="abstain_below")
 
     def call(self, logits: Any) -> Any:
-        """Logits (N, 10) in and out."""
+        """Logits (N, C) in and out."""
         return logits / self.temperature
 
 
@@ -119,7 +119,7 @@ def load_model(path: Path) -> keras.Model:
 
 
 def build_predict(model: keras.Model, *, logits: bool = False) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from uint8 images (N, 28, 28) to class probabilities, or logits, float32 (N, 10).
+    """A function from uint8 images (N, 28, 28) to class probabilities, or logits, float32 (N, C).
 
     It follows the model's weights as they change, and compiles once.
     """
@@ -132,13 +132,13 @@ def build_predict(model: keras.Model, *, logits: bool = False) -> Callable[[np.n
     def predict(images_u8: np.ndarray) -> np.ndarray:
         batches = range(0, len(images_u8), _PREDICT_BATCH)
         parts = [answer(tf.constant(images_u8[i : i + _PREDICT_BATCH])).numpy() for i in batches]
-        return np.concatenate(parts) if parts else np.zeros((0, CLASS_COUNT), np.float32)
+        return np.concatenate(parts) if parts else np.zeros((0, model.output_shape[1]), np.float32)
 
     return predict
 
 
 def predict_probabilities(model: keras.Model, images_u8: np.ndarray) -> np.ndarray:
-    """Class probabilities, float32 (N, 10), of uint8 images (N, 28, 28)."""
+    """Class probabilities, float32 (N, C), of uint8 images (N, 28, 28)."""
     return build_predict(model)(images_u8)
 
 

@@ -1,9 +1,9 @@
 """What `params.yaml` may say. Every key is known and checked; an unknown or contradictory one is refused by name."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -15,6 +15,13 @@ PARAMS_FILE = "params.yaml"
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
+# YAML reads a bare 7 as a number. The name is a folder's too, where the data are folders of pictures.
+ClassName = Annotated[
+    str,
+    BeforeValidator(lambda name: str(name) if type(name) is int else name),
+    Field(pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,63}$"),
+]
+
 
 class BadParams(DigitsError):
     """params.yaml is missing, is not YAML, or says something that is not allowed."""
@@ -24,6 +31,37 @@ class BadParams(DigitsError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataParams(_Section):
+    """What lies in ``data/``."""
+
+    format: Literal["idx", "folder"]
+    """Four IDX files with MNIST's names, or a picture a file in ``train/CLASS/`` and ``test/CLASS/``."""
+    classes: tuple[ClassName, ...] = Field(min_length=2, max_length=1000)
+    """What the labels 0, 1, 2 … are called; in a folder also the names of its folders."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        if twice := [name for name in self.classes if self.classes.count(name) > 1]:
+            raise _contradiction("classes", f"{twice[0]!r} twice", "different names")
+        if self.format == "idx" and len(self.classes) > MOST_IDX_CLASSES:
+            raise _contradiction(
+                "classes", f"{len(self.classes)} names", f"at most {MOST_IDX_CLASSES} where format is idx"
+            )
+        return self
+
+    @property
+    def labels(self) -> str:
+        """The labels in words: ``0 to 9``, or the names where they say more than numbers."""
+        last = len(self.classes) - 1
+        if self.classes == tuple(map(str, range(len(self.classes)))):
+            return f"0 to {last}"
+        return f"0 to {last} ({self.classes[0]} to {self.classes[-1]})"
+
+
+MOST_IDX_CLASSES: Final = 256
+"""A label of an IDX file is one byte."""
 
 
 class Limits(_Section):
@@ -88,7 +126,7 @@ class ValidateParams(_Section):
     train_images: int = Field(gt=0)
     test_images: int = Field(gt=0)
     class_share: tuple[Share, Share]
-    """Least and greatest share of each digit in a split."""
+    """Least and greatest share of each class in a split."""
     ink_share: tuple[Share, Share]
     """Bounds of a split's mean of pixel / 255."""
     min_image_ink_px: float = Field(ge=0.0)
@@ -123,7 +161,7 @@ class PrepareParams(_Section):
 
 
 class ModelParams(_Section):
-    """The multilayer perceptron: hidden layers of dense, normalisation, activation, dropout; then ten logits."""
+    """The multilayer perceptron: hidden layers of dense, normalisation, activation, dropout; then a logit a class."""
 
     hidden_widths: tuple[Annotated[int, Field(ge=1, le=16384)], ...] = Field(min_length=1)
     activation: Literal["relu", "gelu", "silu", "elu", "tanh"]
@@ -208,6 +246,7 @@ class Params(_Section):
 
     seed: int = Field(ge=0, lt=2**31)
     profile: str
+    data: DataParams
     validate_: ValidateParams = Field(alias="validate")
     prepare: PrepareParams
     model: ModelParams

@@ -1,5 +1,6 @@
 """The pictures of the data and of the evaluation."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,39 +8,51 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from digits.contract import CLASS_COUNT
 from training.figures import BLUE, GREY, ORANGE, STYLE, new_figure, save_figure
+
+MOST_ROWS = 40
+"""Classes drawn among the samples, and numbered in the confusion matrix, at most: more could not be read."""
 
 
 @mpl.rc_context(STYLE)
-def draw_samples(path: Path, images: np.ndarray, labels: np.ndarray, per_class: int, title: str) -> None:
-    """A row of images for each digit, ink black on white as people know it."""
-    figure = new_figure(0.55 * per_class + 0.9, 0.58 * CLASS_COUNT + 0.7)
-    axes = figure.subplots(CLASS_COUNT, per_class, squeeze=False)
-    for digit in range(CLASS_COUNT):
-        members = np.flatnonzero(labels == digit)[:per_class]
+def draw_samples(
+    path: Path, images: np.ndarray, labels: np.ndarray, names: Sequence[str], per_class: int, title: str
+) -> None:
+    """A row of images for each class (of the first 40), ink black on white as people know it."""
+    shown = names[:MOST_ROWS]
+    margin = 0.1 * max(0, max(map(len, shown)) - 1)  # inches that names take which are longer than a digit
+    figure = new_figure(0.55 * per_class + 0.9 + margin, 0.58 * len(shown) + 0.7)
+    axes = figure.subplots(len(shown), per_class, squeeze=False)
+    for label, name in enumerate(shown):
+        members = np.flatnonzero(labels == label)[:per_class]
         for column in range(per_class):
-            axis = axes[digit, column]
+            axis = axes[label, column]
             axis.set_axis_off()
             if column < len(members):
                 axis.imshow(images[members[column]], cmap="gray_r", vmin=0, vmax=255)
-        axes[digit, 0].text(
-            -0.45, 0.5, str(digit), transform=axes[digit, 0].transAxes, ha="right", va="center", size=13
-        )
+        axes[label, 0].text(-0.45, 0.5, name, transform=axes[label, 0].transAxes, ha="right", va="center", size=13)
+    if len(names) > len(shown):
+        title += f"; {len(shown)} of {len(names)} classes"
     figure.suptitle(title)
     save_figure(figure, path)
 
 
 @mpl.rc_context(STYLE)
-def draw_confusion(path: Path, confusion: np.ndarray, title: str) -> None:
-    """The confusion matrix (10, 10), rows true, columns predicted. Colour is for the mistakes alone."""
-    figure = new_figure(7.2, 6.6)
+def draw_confusion(path: Path, confusion: np.ndarray, names: Sequence[str], title: str) -> None:
+    """The confusion matrix (C, C), rows true, columns predicted. Colour is for the mistakes alone.
+
+    Of more than 40 classes neither names nor counts are written: confusion.csv has them.
+    """
+    written = len(names) <= MOST_ROWS
+    longest = max(map(len, names)) if written else 1
+    side = 0.5 * (min(len(names), MOST_ROWS) - 10) if len(names) > 10 else 0.0
+    figure = new_figure(7.2 + side + 0.07 * (longest - 1), 6.6 + side + 0.07 * (longest - 1))
     axis = figure.subplots()
     mistakes = confusion.astype(float)
     np.fill_diagonal(mistakes, 0.0)
     axis.imshow(mistakes, cmap="Oranges", vmin=0, vmax=max(1.0, mistakes.max()))
-    for true in range(CLASS_COUNT):
-        for predicted in range(CLASS_COUNT):
+    for true in range(len(names) if written else 0):
+        for predicted in range(len(names)):
             count = confusion[true, predicted]
             if true == predicted:
                 axis.add_patch(_square(predicted, true))
@@ -50,17 +63,24 @@ def draw_confusion(path: Path, confusion: np.ndarray, title: str) -> None:
                 )
     axis.set(xlabel="predicted", ylabel="true")
     figure.suptitle(title, size=11)
-    axis.set_xticks(range(CLASS_COUNT))
-    axis.set_yticks(range(CLASS_COUNT))
+    if written:
+        axis.set_xticks(range(len(names)), names, rotation=90 if longest > 2 else 0)
+        axis.set_yticks(range(len(names)), names)
     axis.grid(visible=False)
     save_figure(figure, path)
 
 
 @mpl.rc_context(STYLE)
 def draw_mistakes(
-    path: Path, images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, limit: int, title: str
+    path: Path,
+    images: np.ndarray,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    names: Sequence[str],
+    limit: int,
+    title: str,
 ) -> None:
-    """The misread images, the surest mistakes first: true digit, what was read, and how sure."""
+    """The misread images, the surest mistakes first: true class, what was read, and how sure."""
     predicted = probabilities.argmax(axis=1)
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:limit]
@@ -74,7 +94,9 @@ def draw_mistakes(
         axis.imshow(images[index], cmap="gray_r", vmin=0, vmax=255)
         axis.set_anchor("N")
         read = predicted[index]
-        axis.set_title(f"{labels[index]} read as {read}\n{probabilities[index, read]:.0%}  #{index}", size=7.5)
+        true, taken_for = (textwrap.shorten(names[k], 12, placeholder="…") for k in (labels[index], read))
+        between = "\n" if len(true) + len(taken_for) > 8 else " "
+        axis.set_title(f"{true} read as{between}{taken_for}\n{probabilities[index, read]:.0%}  #{index}", size=7.5)
     if not len(wrong):
         axes[0, 0].text(0, 0.5, "no mistakes", transform=axes[0, 0].transAxes)
     figure.suptitle(title)

@@ -7,8 +7,7 @@ version was measured on another one); nothing is fitted, chosen or calibrated on
 import numpy as np
 from rich.console import Console
 
-from digits.contract import CLASS_COUNT
-from training.data import read_raw_split, split_stratified
+from training.data import read_splits, split_stratified
 from training.params import Params
 from training.plots import draw_samples
 from training.workspace import BadArtifact, Split, Workspace, read_json, save_split, write_json
@@ -20,9 +19,9 @@ def prepare(workspace: Workspace, params: Params, console: Console) -> None:
     Images stay uint8 (ink 255 on paper 0): scaling is part of the model, so that no caller can forget it.
     """
     _check_validated(workspace)
-    raw = read_raw_split(workspace.raw_dir, "train")
-    test = read_raw_split(workspace.raw_dir, "test")
-    kept, held_out = split_stratified(raw.labels, params.prepare.validation_images, params.seed)
+    classes = params.data.classes
+    raw, test = read_splits(workspace.raw_dir, params.data, console).values()
+    kept, held_out = split_stratified(raw.labels, params.prepare.validation_images, classes, params.seed)
     splits = {
         "train": Split(raw.images[kept], raw.labels[kept]),
         "validation": Split(raw.images[held_out], raw.labels[held_out]),
@@ -35,14 +34,15 @@ def prepare(workspace: Workspace, params: Params, console: Console) -> None:
         out / "samples.png",
         splits["train"].images,
         splits["train"].labels,
+        classes,
         params.prepare.samples_per_class,
-        f"The first training images of each digit (n = {len(kept):,})",
+        f"The first training images of each class (n = {len(kept):,})",
     )
     write_json(
         out / "summary.json",
         {
             "schema": 1,
-            "splits": {name: _describe(split) for name, split in splits.items()},
+            "splits": {name: _describe(split, len(classes)) for name, split in splits.items()},
             "test_sha256": test.sha256(),
             "rules": "uint8 pixels, ink 255 on paper 0; the model scales by 1/255",
         },
@@ -61,9 +61,9 @@ def _check_validated(workspace: Workspace) -> None:
         raise BadArtifact(f"{report} says that the raw data are not valid: mend them, then `dvc repro validate`")
 
 
-def _describe(split: Split) -> dict[str, object]:
+def _describe(split: Split, class_count: int) -> dict[str, object]:
     return {
         "images": len(split.labels),
-        "by_digit": np.bincount(split.labels, minlength=CLASS_COUNT).tolist(),
+        "by_digit": np.bincount(split.labels, minlength=class_count).tolist(),
         "mean_ink_share": round(float(split.images.mean()) / 255, 6),
     }

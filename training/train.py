@@ -17,7 +17,6 @@ import tensorflow as tf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from digits.contract import CLASS_COUNT
 from digits.errors import DigitsError
 from training.augment import build_augment
 from training.calibrate import abstention_threshold, fit_temperature
@@ -119,8 +118,9 @@ def fit(
     steps_per_epoch = len(learn.labels) // setting.batch_size
     total_steps = steps_per_epoch * setting.epochs
 
-    model = build_model(params.model, resolve_precision(setting.precision))
-    averaged = build_model(params.model, "float32")
+    class_count = len(params.data.classes)
+    model = build_model(params.model, class_count, resolve_precision(setting.precision))
+    averaged = build_model(params.model, class_count, "float32")
     predict = build_predict(averaged)
     loop = _Loop(model, learn, params, total_steps)
     history: list[Epoch] = []
@@ -174,7 +174,7 @@ def calibrate(model: keras.Model, held_out: Split, abstain_share: float) -> None
 
 
 def score(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Mean negative log-likelihood (nats) and accuracy of answers (N, 10)."""
+    """Mean negative log-likelihood (nats) and accuracy of answers (N, C)."""
     truth = probabilities[np.arange(len(labels)), labels]
     return float(-np.log(np.maximum(truth, 1e-12)).mean()), float((probabilities.argmax(axis=1) == labels).mean())
 
@@ -189,6 +189,7 @@ class _Loop:
         self._labels = tf.constant(learn.labels, tf.int32)
         self._augment = build_augment(params.augment)
         self._seed = params.seed
+        self._class_count = len(params.data.classes)
         self._optimiser = build_optimiser(params.train)
         self._optimiser.build(model.trainable_variables)
         self.rate: Callable[[Any], Any] = build_schedule(params.train, total_steps)
@@ -240,7 +241,8 @@ class _Loop:
     def _learn(self, images: Any, labels: Any, step: Any) -> tuple[Any, Any]:
         """One step of gradient descent; the batch's loss and number of right answers."""
         smoothing = self._setting.label_smoothing
-        targets = tf.one_hot(labels, CLASS_COUNT, 1.0 - smoothing + smoothing / CLASS_COUNT, smoothing / CLASS_COUNT)
+        share = smoothing / self._class_count
+        targets = tf.one_hot(labels, self._class_count, 1.0 - smoothing + share, share)
         with tf.GradientTape() as tape:
             logits = self._model(images, training=True)
             loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))

@@ -7,11 +7,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from digits.errors import DigitsError
-from training.data import read_raw_split
+from training.data import read_splits
 from training.params import Params
 from training.validation.data_docs import write_data_docs
 from training.validation.expectations import Finding, run_suites
-from training.validation.frames import SPLITS, Frames, build_frames, work
+from training.validation.frames import Frames, build_frames, work
 from training.validation.quarantine import choose_pictures, draw_contact_sheet, list_offences, write_quarantine
 from training.validation.report import build_metrics, build_report, findings_table, render_markdown
 from training.workspace import Split, Workspace, whole_file, write_json
@@ -38,17 +38,18 @@ def validate(workspace: Workspace, params: Params, console: Console) -> None:
     """
     out = workspace.stage_dir("validate")
     (out / "report.json").unlink(missing_ok=True)
-    splits = {name: read_raw_split(workspace.raw_dir, name) for name in SPLITS}
+    splits = read_splits(workspace.raw_dir, params.data, console)
     frames = _build_frames(splits, workspace, params, console)
     with console.status("validating with Great Expectations"):
-        results = run_suites(frames, params.validate_)
+        results = run_suites(frames, params)
     listed = list_offences(frames, results.offences)
 
     write_data_docs(out / "data_docs", results)
     write_quarantine(out / "quarantine.csv", listed)
     draw_contact_sheet(out / "contact_sheet.png", splits, choose_pictures(listed, results.offences), len(listed))
     write_json(out / "metrics.json", build_metrics(frames, results, listed))
-    report = build_report(frames, results, listed, choose_pictures(listed, results.offences, _ROWS_SHOWN))
+    shown = choose_pictures(listed, results.offences, _ROWS_SHOWN)
+    report = build_report(frames, results, params.data.classes, listed, shown)
     with whole_file(out / "report.md") as part:
         part.write_text(render_markdown(report), encoding="utf-8")
     write_json(out / "report.json", report)
@@ -68,9 +69,7 @@ def _build_frames(splits: dict[str, Split], workspace: Workspace, params: Params
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("measuring the images and reading their labels", total=work(splits))
-        return build_frames(
-            splits, workspace.raw_dir, params.validate_, lambda count: progress.update(task, advance=count)
-        )
+        return build_frames(splits, workspace.raw_dir, params, lambda count: progress.update(task, advance=count))
 
 
 def _not_valid(workspace: Workspace, failed: list[Finding], count: int) -> DataNotValid:

@@ -21,7 +21,7 @@ class NotTheSame(DigitsError):
 
 
 def predict_saved_model(folder: Path, images_u8: np.ndarray, batch: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-    """Ask a SavedModel's serving signature: probabilities float32 (N, 10) and digits int64 (N,) for uint8 (N, 28, 28).
+    """Ask a SavedModel's serving signature: probabilities float32 (N, C) and digits int64 (N,) for uint8 (N, 28, 28).
 
     Raises:
         BadArtifact: the folder cannot be loaded, or has not the contract's signature.

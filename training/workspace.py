@@ -23,6 +23,12 @@ class BadArtifact(DigitsError):
     code = "bad_artifact"
 
 
+class BadRawData(DigitsError):
+    """A raw file is missing or is not what it should be."""
+
+    code = "bad_raw_data"
+
+
 @dataclass(frozen=True)
 class Workspace:
     """A checkout: raw data in ``data/``, what is made from it in ``artifacts/STAGE/``."""
@@ -36,7 +42,7 @@ class Workspace:
 
     @property
     def raw_dir(self) -> Path:
-        """The four MNIST files, tracked by data.dvc."""
+        """The raw files, tracked by data.dvc."""
         return self.root / "data"
 
     @property
@@ -98,25 +104,30 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Split:
-    """Images and their digits."""
+    """Images and their classes."""
 
     images: np.ndarray
     """uint8 (N, 28, 28), ink 255 on paper 0."""
     labels: np.ndarray
-    """int64 (N,), 0 to 9."""
+    """int64 (N,), 0 to C - 1 for C classes."""
 
     def sha256(self) -> str:
         """One hash over images and labels: the identity of a test set."""
         digest = hashlib.sha256()
         digest.update(np.ascontiguousarray(self.images, np.uint8).tobytes())
-        digest.update(np.ascontiguousarray(self.labels, np.uint8).tobytes())
+        digest.update(np.ascontiguousarray(_packed(self.labels)).tobytes())
         return digest.hexdigest()
 
 
 def save_split(path: Path, split: Split) -> None:
     """Write a split as an uncompressed npz (DVC hashes it faster than zlib packs it)."""
     with whole_file(path) as part:
-        np.savez(part, images=split.images, labels=split.labels.astype(np.uint8))
+        np.savez(part, images=split.images, labels=_packed(split.labels))
+
+
+def _packed(labels: np.ndarray) -> np.ndarray:
+    """Labels as bytes, or as two bytes each where there are more than 256 classes."""
+    return labels.astype(np.uint16 if len(labels) and labels.max() > 255 else np.uint8)
 
 
 def load_split(path: Path) -> Split:

@@ -24,7 +24,7 @@ from pipelines.flows.hooks import settings_of, tell_webhook
 from pipelines.flows.steps import say, terminal, watch
 from pipelines.locks import only_one
 from pipelines.scoring.job import Job, Profile, Tally, finish, plan, profile_shard, require_plausible, score_shard
-from pipelines.scoring.scorers import GATEWAY, ScorerUnavailable, require_answer, spec_of
+from pipelines.scoring.scorers import GATEWAY, ScorerUnavailable, count_classes, spec_of
 from pipelines.task_runners import TaskRunnerOfSettings
 from pipelines.text import duration
 
@@ -93,7 +93,7 @@ def score(
         output: the .csv or .jsonl to make.
         through: ``gateway``, or ``model`` for the SavedModel in the tasks' own processes.
         where: the gateway's address or the SavedModel's folder; this machine's, or the promoted version, when None.
-        probabilities: also a column for each digit's.
+        probabilities: also a column for each class's.
         overwrite: replace a finished output.
         shard_rows: rows of a shard.
         project: the repository's folder; the current one when None.
@@ -114,10 +114,10 @@ def score(
         todo = sum(stop - start for start, stop in map(job.bounds, missing))
         kept = f", {job.rows - todo:,} of them scored before" if todo < job.rows else ""
         say(f"▸ score       {job.rows:,} rows in {len(job.shards):,} shards{kept}; through {spec.through} {spec.where}")
-        require_answer(spec)
+        class_count = count_classes(spec)
         _look(job, missing, show)
         _score(job, missing, todo, show)
-        tally = finish(job, target)
+        tally = finish(job, target, class_count)
     done = Scored(target, tally, todo, time.monotonic() - started)
     say(f"✓ score       {tally.rows:,} rows, {tally.failed:,} without an answer, in {duration(done.duration_s)}")
     create_markdown_artifact(key="scores", markdown=_markdown(done), description=f"{tally.rows:,} rows")

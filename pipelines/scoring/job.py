@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any, Final, TextIO
 
 import numpy as np
 
-from digits.contract import CLASS_COUNT
 from digits.errors import DigitsError
 from pipelines.arrays import BadInput
 from pipelines.disk import disk_errors, fsync_folder, write_json_atomically
@@ -30,7 +30,6 @@ FORMATS: Final = (".csv", ".jsonl")
 MAX_INK_SHARE: Final = 0.5
 
 _COLUMNS: Final = ("row", "name", "digit", "confidence", "model_version", "error")
-_PROBABILITIES: Final = tuple(f"p{digit}" for digit in range(CLASS_COUNT))
 
 
 class JobError(DigitsError):
@@ -41,7 +40,7 @@ class JobError(DigitsError):
 
 @dataclass(frozen=True)
 class Tally:
-    """Rows, those with an error among them, and how many images were read as each digit."""
+    """Rows, those with an error among them, and how many images were read as each class."""
 
     rows: int
     failed: int
@@ -128,7 +127,7 @@ def plan(
         source: a folder of pictures, or an IDX, IDX .gz, .npy or .npz file of images.
         output: the file to make, .csv or .jsonl.
         spec: who answers.
-        probabilities: also a column for each digit.
+        probabilities: also a column for each class.
         overwrite: replace a finished output, and throw away an unfinished job with other settings.
         shard_rows: rows of a shard, for tests and unusual inputs.
         on_unpacked: told how many bytes of a packed file are unpacked, of how many.
@@ -244,7 +243,7 @@ def _answered(job: Job, rows: Rows, first: int) -> Iterator[list[Any]]:
         answers.update(zip(chosen, ((one, version) for one in probabilities), strict=True))
     for row, (name, error) in enumerate(zip(rows.names, rows.errors, strict=True)):
         if error is not None:
-            yield [first + row, name, "", "", "", error, *([""] * CLASS_COUNT if with_all else [])]
+            yield [first + row, name, "", "", "", error]
             continue
         one, version = answers[row]
         digit = int(one.argmax())
@@ -252,16 +251,23 @@ def _answered(job: Job, rows: Rows, first: int) -> Iterator[list[Any]]:
         yield [first + row, name, digit, f"{one[digit]:.6f}", version, "", *more]
 
 
-def finish(job: Job, output: Path) -> Tally:
+def finish(job: Job, output: Path, class_count: int) -> Tally:
     """Join the parts into the output, every row once and in order, and remove the job.
+
+    Args:
+        job: all of whose shards are scored.
+        output: the file to make.
+        class_count: how many classes the model tells apart.
 
     Raises:
         JobError: a part is missing or holds other rows than it should. The output is as it was.
         DiskError: there is no room; the parts stay.
     """
-    columns = [*_COLUMNS, *(_PROBABILITIES if job.manifest["probabilities"] else ())]
+    of_classes = [f"p{label}" for label in range(class_count)] if job.manifest["probabilities"] else []
+    columns = [*_COLUMNS, *of_classes]
     part = output.with_name(f".{output.name}.part")
-    counts, failed, confidence = np.zeros(CLASS_COUNT, np.int64), 0, 0.0
+    counts: Counter[int] = Counter()
+    failed, confidence = 0, 0.0
     versions: dict[str, None] = {}
     aftermath = f"what was scored is kept in {job.folder}"
     with disk_errors("the scores", output.parent, aftermath), part.open("w", encoding="utf-8", newline="") as stream:
@@ -280,7 +286,13 @@ def finish(job: Job, output: Path) -> Tally:
     fsync_folder(output.parent)
     shutil.rmtree(job.folder)
     scored = job.rows - failed
-    return Tally(job.rows, failed, tuple(counts.tolist()), confidence / max(scored, 1), tuple(versions))
+    return Tally(
+        job.rows,
+        failed,
+        tuple(counts[label] for label in range(class_count)),
+        confidence / max(scored, 1),
+        tuple(versions),
+    )
 
 
 def _lines(job: Job, columns: int) -> Iterator[list[str]]:
@@ -290,6 +302,8 @@ def _lines(job: Job, columns: int) -> Iterator[list[str]]:
         try:
             with job.part(shard).open(encoding="utf-8", newline="") as stream:
                 for line in csv.reader(stream):
+                    if len(line) == len(_COLUMNS) and line[5]:  # an error, which has no probabilities
+                        line += [""] * (columns - len(line))
                     if len(line) != columns or line[0] != str(due):
                         raise JobError(
                             f"{job.part(shard)} holds {line[:1]} where row {due} is due: remove it and run this again"
@@ -312,5 +326,5 @@ def _writer(stream: TextIO, suffix: str, columns: list[str]) -> Callable[[list[s
 
 def _object(columns: list[str], line: list[str]) -> dict[str, Any]:
     kinds: dict[str, Callable[[str], Any]] = {"row": int, "digit": int, "confidence": float}
-    kinds |= dict.fromkeys(_PROBABILITIES, float)
+    kinds |= dict.fromkeys(columns[len(_COLUMNS) :], float)
     return {name: kinds.get(name, str)(value) for name, value in zip(columns, line, strict=True) if value != ""}

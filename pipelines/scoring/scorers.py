@@ -36,7 +36,7 @@ class Scores(NamedTuple):
     """Answers for N images."""
 
     probabilities: np.ndarray
-    """float32 (N, 10)."""
+    """float32 (N, C)."""
     model_version: str
 
 
@@ -75,15 +75,24 @@ def open_scorer(spec: Spec) -> Scorer:
     return _model(spec.where) if spec.through == MODEL else _gateway(spec.where)
 
 
-def require_answer(spec: Spec) -> None:
-    """Ask the gateway for one answer, so that one that is away is said at once and not after each shard's retries.
+def count_classes(spec: Spec) -> int:
+    """How many classes the model tells apart.
+
+    A gateway is asked for an answer, so that one that is away is said at once and not after each shard's retries.
 
     Raises:
-        ScorerUnavailable, ScoringFailed: as ``GatewayScorer.score``.
+        ScorerUnavailable, ScoringFailed: as ``GatewayScorer.score``; or the model's list of classes is damaged.
     """
     if spec.through == GATEWAY:
         blank = np.zeros((1, contract.IMAGE_HEIGHT, contract.IMAGE_WIDTH), np.uint8)
-        GatewayScorer(spec.where, attempts=3).score(blank)
+        return GatewayScorer(spec.where, attempts=3).score(blank).probabilities.shape[1]
+    path = Path(spec.where) / contract.CLASSES_FILE
+    try:
+        return len(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:  # exported before models said so
+        return len(contract.DIGITS)
+    except (OSError, ValueError, TypeError) as err:
+        raise ScoringFailed(f"{path} is no list of the model's classes: {err}") from err
 
 
 def _served(settings: Settings) -> Path:
@@ -145,7 +154,7 @@ class GatewayScorer:
                 raise ScoringFailed(f"the gateway at {self._url} refused: {answer.json()['error']}")
             size = int(answer.headers["inference-header-content-length"])
             document = json.loads(answer.content[:size])
-            probabilities = np.frombuffer(answer.content[size:], "<f4").reshape(count, contract.CLASS_COUNT)
+            probabilities = np.frombuffer(answer.content[size:], "<f4").reshape(count, -1)
             return Scores(probabilities, str(document["model_version"]))
         except (KeyError, ValueError, TypeError) as err:
             raise ScoringFailed(

@@ -121,12 +121,13 @@ def start(app: "RestApp", protocol: "_Protocol", headers: "Headers", body: bytes
 
 def classify_body(answer: Answer, request_id: str) -> bytes:
     """The JSON that /classify answers."""
-    return orjson.dumps(
-        {
-            "digit": answer.digit,
-            "confidence": answer.confidence,
-            "probabilities": answer.probabilities,
-            "model_version": answer.model_version,
-            "request_id": request_id,
-        }
-    )
+    body = {
+        "digit": answer.digit,
+        "confidence": answer.confidence,
+        "probabilities": answer.probabilities,
+        "model_version": answer.model_version,
+        "request_id": request_id,
+    }
+    if answer.label:
+        body["label"] = answer.label
+    return orjson.dumps(body)

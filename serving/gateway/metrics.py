@@ -106,9 +106,11 @@ class Metrics:
         """One request has ended. ``code``: HTTP status or gRPC code; ``model_version``: empty if none answered."""
         self._requests.add((protocol, route, code, self._bounded(model_version)), duration_s)
 
-    def predictions(self, digits: NDArray[np.int64], confidences: NDArray[np.float32], model_version: str) -> None:
-        """The model has answered: digits int (N,), confidences float32 (N,)."""
-        self._predictions.add(self._bounded(model_version), digits, confidences)
+    def predictions(
+        self, digits: NDArray[np.int64], confidences: NDArray[np.float32], model_version: str, class_count: int
+    ) -> None:
+        """The model has answered: digits int (N,), confidences float32 (N,), of so many classes."""
+        self._predictions.add(self._bounded(model_version), digits, confidences, class_count)
 
     def batch(self, images: int, oldest_wait_s: float) -> None:
         """A call with ``images`` images goes upstream; its oldest one has waited ``oldest_wait_s``."""
@@ -255,15 +257,18 @@ class _Predictions:
     def __init__(self, unsure_below: float) -> None:
         self._unsure_below = unsure_below
         self._unsure: dict[str, int] = {}
-        self._digits: dict[str, NDArray[Any]] = {}  # (10,) counts
+        self._digits: dict[str, NDArray[Any]] = {}  # (C,) counts
         self._confidences: dict[str, tuple[NDArray[Any], list[float]]] = {}  # (buckets + 1,) counts, [sum]
 
-    def add(self, version: str, digits: NDArray[np.int64], confidences: NDArray[np.float32]) -> None:
+    def add(self, version: str, digits: NDArray[np.int64], confidences: NDArray[np.float32], class_count: int) -> None:
         if version not in self._digits:
-            self._digits[version] = np.zeros(contract.CLASS_COUNT, np.int64)
+            self._digits[version] = np.zeros(class_count, np.int64)
             self._confidences[version] = np.zeros(len(self.BOUNDS) + 1, np.int64), [0.0]
             self._unsure[version] = 0
-        self._digits[version] += np.bincount(digits, minlength=contract.CLASS_COUNT)
+        read = self._digits[version]
+        if len(read) < class_count:  # the versions that share ``other`` may differ in this
+            read = self._digits[version] = np.pad(read, (0, class_count - len(read)))
+        read += np.bincount(digits, minlength=len(read))
         counts, total = self._confidences[version]
         counts += np.bincount(np.searchsorted(self.BOUNDS, confidences), minlength=len(counts))
         total[0] += float(confidences.sum(dtype=np.float64))

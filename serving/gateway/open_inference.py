@@ -23,13 +23,12 @@ SERVER_NAME: Final = "digits-gateway"
 EXTENSIONS: Final = ("binary_tensor_data",)
 PLATFORM: Final = "tensorflow_savedmodel"
 INPUTS: Final = ((contract.INPUT_IMAGES, "UINT8", (-1, *SHAPE)),)
-OUTPUTS: Final = (
-    (contract.OUTPUT_PROBABILITIES, "FP32", (-1, contract.CLASS_COUNT)),
-    (contract.OUTPUT_DIGIT, "INT64", (-1,)),
-)
 """Name, data type, shape; -1 for a size that varies."""
 
-_OUTPUT_NAMES: Final = tuple(name for name, _, _ in OUTPUTS)
+OUTPUTS: Final = ((contract.OUTPUT_PROBABILITIES, "FP32"), (contract.OUTPUT_DIGIT, "INT64"))
+"""Name, data type."""
+
+_OUTPUT_NAMES: Final = tuple(name for name, _ in OUTPUTS)
 
 
 class Wanted(NamedTuple):
@@ -95,11 +94,13 @@ def server_metadata() -> dict[str, Any]:
     return {"name": SERVER_NAME, "version": VERSION, "extensions": list(EXTENSIONS)}
 
 
-def model_metadata(versions: Iterable[str]) -> dict[str, Any]:
-    """Body of ``/v2/models/digits``."""
+def model_metadata(versions: Iterable[str], class_count: int) -> dict[str, Any]:
+    """Body of ``/v2/models/digits``. A number of classes that is not known is -1, as is any size that varies."""
+    shapes = ((-1, class_count), (-1,))
+    described = [(*output, shape) for output, shape in zip(OUTPUTS, shapes, strict=True)]
     inputs, outputs = (
         [{"name": name, "datatype": datatype, "shape": list(shape)} for name, datatype, shape in tensors]
-        for tensors in (INPUTS, OUTPUTS)
+        for tensors in (INPUTS, described)
     )
     return {
         "name": contract.MODEL_NAME,
@@ -271,9 +272,9 @@ def parse(kind: type[Message], message: bytes) -> Any:
         raise BadRequest(f"the message is not an inference.{kind.DESCRIPTOR.name}") from err
 
 
-def model_metadata_message(versions: Iterable[str]) -> bytes:
+def model_metadata_message(versions: Iterable[str], class_count: int) -> bytes:
     """A ModelMetadataResponse's bytes."""
-    return pb.ModelMetadataResponse(**model_metadata(versions)).SerializeToString()
+    return pb.ModelMetadataResponse(**model_metadata(versions, class_count)).SerializeToString()
 
 
 # --- both ---
@@ -308,9 +309,9 @@ def _check_wanted(wanted: list[Wanted]) -> list[Wanted]:
 
 
 def _tensors(answers: list[Answer]) -> list[Tensor]:
-    probabilities = np.array([answer.probabilities for answer in answers], "<f4")  # (N, 10)
+    probabilities = np.array([answer.probabilities for answer in answers], "<f4")  # (N, C)
     digits = np.array([answer.digit for answer in answers], "<i8")  # (N,)
     return [
         Tensor(name, datatype, values)
-        for (name, datatype, _), values in zip(OUTPUTS, (probabilities, digits), strict=True)
+        for (name, datatype), values in zip(OUTPUTS, (probabilities, digits), strict=True)
     ]

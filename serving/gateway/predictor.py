@@ -40,12 +40,16 @@ SLOW_CALL_S = 0.01
 
 
 class Answer(NamedTuple):
-    """One image's answer. ``confidence`` is the probability of ``digit``; the ten ``probabilities`` sum to 1."""
+    """One image's answer. ``confidence`` is the probability of ``digit``; the ``probabilities``, one a class, sum to 1.
+
+    ``label`` is what the class ``digit`` is called, empty where it is a digit.
+    """
 
     digit: int
     confidence: float
     probabilities: list[float]
     model_version: str
+    label: str = ""
 
 
 class Place:
@@ -325,19 +329,22 @@ class Predictor:
                 self._wake()
 
     def _answer(self, batch: list[Place], found: Predictions) -> None:
-        rows = found.probabilities  # (N, 10)
+        rows = found.probabilities  # (N, C)
+        class_count = rows.shape[1]
         digits = rows.argmax(axis=1)  # (N,)
         confidences = rows.max(axis=1)  # (N,)
         if any(place.trial for place in batch):
             counted = np.repeat([not place.trial for place in batch], [place.count for place in batch])  # (N,)
-            self._metrics.predictions(digits[counted], confidences[counted], found.model_version)
+            self._metrics.predictions(digits[counted], confidences[counted], found.model_version, class_count)
         else:
-            self._metrics.predictions(digits, confidences, found.model_version)
+            self._metrics.predictions(digits, confidences, found.model_version, class_count)
         version = found.model_version
         answers = [
             Answer(digit, confidence, row, version)
             for digit, confidence, row in zip(digits.tolist(), confidences.tolist(), rows.tolist(), strict=True)
         ]
+        if found.names:
+            answers = [answer._replace(label=found.names[answer.digit]) for answer in answers]
         start = 0
         for place in batch:
             stop = start + place.count

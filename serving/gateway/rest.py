@@ -302,11 +302,14 @@ class RestApp:
         proposal = await gateway.pictures.read_number(data)
         images_u8 = proposal.images_u8.tobytes()
         answers = await self._predict(request, images_u8, len(proposal.images_u8), trial=True)
+        _require_digits(answers[0])
         chosen = choose(proposal, np.array([answer.probabilities for answer in answers], np.float32))
         read = [answers[at] for at in chosen]
         version = answers[0].model_version
         confidences = np.array([answer.confidence for answer in read], np.float32)
-        gateway.metrics.predictions(np.array([answer.digit for answer in read]), confidences, version)
+        gateway.metrics.predictions(
+            np.array([answer.digit for answer in read]), confidences, version, len(contract.DIGITS)
+        )
         digits = [
             {
                 "digit": answer.digit,
@@ -374,8 +377,10 @@ class RestApp:
     def inference_model(self, request: Request) -> Response:
         """GET /v2/models/digits[/versions/N]."""
         available = self._gateway.upstream.availability.versions
-        versions = open_inference.available(self._inference_version(request), available)
-        return Response(200, [JSON, _NO_STORE], orjson.dumps(open_inference.model_metadata(versions)))
+        version = self._inference_version(request)
+        versions = open_inference.available(version, available)
+        body = open_inference.model_metadata(versions, self._gateway.upstream.classes(version).count)
+        return Response(200, [JSON, _NO_STORE], orjson.dumps(body))
 
     def inference_model_ready(self, request: Request) -> Response:
         """GET /v2/models/digits[/versions/N]/ready."""
@@ -610,6 +615,17 @@ def _pattern(path: str) -> re.Pattern[str]:
         kind = ".*" if part == "rest" else "[^/:]+"
         parts[at] = f"(?P<{part}>{kind})" if at % 2 else re.escape(part)
     return re.compile("".join(parts), re.DOTALL)
+
+
+def _require_digits(answer: Answer) -> None:
+    """Raises Unimplemented unless the classes of the model that gave this answer are the ten digits."""
+    count = len(answer.probabilities)
+    if answer.label or count != len(contract.DIGITS):
+        example = f", such as {answer.label!r}" if answer.label else ""
+        raise Unimplemented(
+            f"a number is read with a model of the ten digits; the one that is served tells {count} classes "
+            f"apart{example}: use /classify"
+        )
 
 
 async def _long_body(message: dict[str, Any], receive: Receive, limit: int) -> bytes:

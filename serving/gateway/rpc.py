@@ -362,7 +362,8 @@ class InferenceService:
         asked = open_inference.parse(open_inference_pb2.ModelMetadataRequest, message)
         version = open_inference.version_in(asked.name, asked.version)
         versions = open_inference.available(version, self._gateway.upstream.availability.versions)
-        return open_inference.model_metadata_message(versions), ""
+        class_count = self._gateway.upstream.classes(version).count
+        return open_inference.model_metadata_message(versions, class_count), ""
 
     async def model_infer(self, message: bytes, deadline: float, _: str) -> tuple[bytes, str]:
         """ModelInfer."""
@@ -467,6 +468,7 @@ def _response(answer: Answer, request_id: str) -> pb.ClassifyResponse:
         probabilities=answer.probabilities,
         model_version=answer.model_version,
         request_id=request_id,
+        label=answer.label,
     )
 
 

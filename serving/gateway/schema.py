@@ -16,18 +16,20 @@ class _Model(BaseModel):
 
 
 class ClassifyAnswer(_Model):
-    """One digit that was read."""
+    """One digit that was read, or for a model of other classes one of those."""
 
-    digit: Annotated[int, Field(ge=0, le=9)]
-    """The most probable digit."""
+    digit: Annotated[int, Field(ge=0)]
+    """0 to 9: the most probable digit. For a model of other classes, the number of the most probable one."""
     confidence: Annotated[float, Field(ge=0, le=1)]
     """Its probability."""
-    probabilities: Annotated[list[float], Field(min_length=10, max_length=10)]
-    """Of the digits 0 to 9; they sum to 1."""
+    probabilities: Annotated[list[float], Field(min_length=2)]
+    """One for each class, ten for the digits 0 to 9; they sum to 1."""
     model_version: str
     """The version of the model that answered."""
     request_id: str
     """Also in the header ``x-request-id``."""
+    label: str = ""
+    """What that class is called. Absent where classes are digits."""
 
 
 class NumberDigit(_Model):
@@ -137,15 +139,15 @@ class MetadataAnswer(_Model):
 class Prediction(_Model):
     """One image's answer."""
 
-    probabilities: Annotated[list[float], Field(min_length=10, max_length=10)]
-    digit: Annotated[int, Field(ge=0, le=9)]
+    probabilities: Annotated[list[float], Field(min_length=2)]
+    digit: Annotated[int, Field(ge=0)]
 
 
 class Columns(_Model):
     """All images' answers, a list a tensor."""
 
-    probabilities: list[Annotated[list[float], Field(min_length=10, max_length=10)]]
-    digit: list[Annotated[int, Field(ge=0, le=9)]]
+    probabilities: list[Annotated[list[float], Field(min_length=2)]]
+    digit: list[Annotated[int, Field(ge=0)]]
 
 
 class PredictAnswer(_Model):
@@ -201,7 +203,7 @@ class ModelMetadata(_Model):
 
 
 class OutputTensor(_Model):
-    """One output: ``probabilities`` FP32 [N, 10] or ``digit`` INT64 [N]."""
+    """One output: ``probabilities`` FP32 [N, C] for C classes or ``digit`` INT64 [N]."""
 
     name: str
     datatype: str
@@ -363,7 +365,7 @@ ERROR_TEXTS: Final = {
     415: "The content type is not one that is read here.",
     429: "Too much work is waiting; `Retry-After` says when to come back.",
     500: "Internal error.",
-    501: "Known, but not offered here.",
+    501: "Known, but not offered here, or not for the model that is served.",
     503: "No model is being served; `Retry-After`, where it is known, says when to come back.",
     504: "The model did not answer in time.",
 }
@@ -503,7 +505,7 @@ ROUTES: Final = (
     ),
     Route(
         "POST", "/read", "read", "Read a whole number", ReadAnswer,
-        errors=(400, 408, 413, 415, 429, 503, 504), body=READ_BODY,
+        errors=(400, 408, 413, 415, 429, 501, 503, 504), body=READ_BODY,
     ),
     Route("GET", "/healthz", "healthz", "Is the process alive?", Health, guarded=False),
     Route("GET", "/readyz", "readyz", "Can digits be read now?", Readiness, errors=(503,), guarded=False),
@@ -558,9 +560,9 @@ def openapi_document() -> dict[str, Any]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    responses: dict[str, Any] = {}
-    if 501 not in route.errors:
-        responses["200"] = {"description": "OK", "content": _content(route.answer), "headers": _REQUEST_ID}
+    responses: dict[str, Any] = {
+        "200": {"description": "OK", "content": _content(route.answer), "headers": _REQUEST_ID}
+    }
     for status in (*route.errors, *((401, 429) if route.guarded else ()), 500):
         model: type[_Model] = route.error_model
         if status == 503 and isinstance(route.answer, type) and "ready" in route.answer.model_fields:

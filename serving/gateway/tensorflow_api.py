@@ -91,7 +91,7 @@ def read_predict(body: bytes, max_images: int) -> PredictBody:
 
 def dump_predict(answers: list[Answer], by_row: bool) -> bytes:
     """The answer of ``:predict``; floats in the shortest spelling that is the same float32."""
-    probabilities = np.array([answer.probabilities for answer in answers], np.float32)  # (N, 10)
+    probabilities = np.array([answer.probabilities for answer in answers], np.float32)  # (N, C)
     if by_row:
         rows = [
             {contract.OUTPUT_PROBABILITIES: row, contract.OUTPUT_DIGIT: answer.digit}

@@ -8,12 +8,13 @@ import asyncio
 import random
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from digits import contract
@@ -37,6 +38,9 @@ ATTEMPTS: Final = 3
 HUNG_S: Final = 1.0
 """A call that got no answer in this time or more counts against the server, a shorter one against its caller."""
 
+MOST_CLASSES: Final = 65_536
+"""An answer of more is taken for damaged."""
+
 STATUS_S: Final = 2.0
 """How long the model's status is waited for."""
 
@@ -55,12 +59,34 @@ _LABEL_UNKNOWN: Final = frozenset(
 )
 """What a server answers to a label that it does not know, or whose version is not loaded."""
 
+_PASSES: Final = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.CANCELLED,
+    }
+)
+"""What a server answers that may answer otherwise soon."""
+
 
 class Predictions(NamedTuple):
     """What the model said about N images."""
 
-    probabilities: NDArray[np.float32]  # (N, 10), finite
+    probabilities: NDArray[np.float32]  # (N, C), finite
     model_version: str
+    names: tuple[str, ...] = ()
+    """What the C classes are called; empty where that is their number, as with digits, or not known."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of one version of the model."""
+
+    count: int = -1
+    """-1: not known."""
+    names: tuple[str, ...] = ()
+    """As in ``Predictions``."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +153,7 @@ class Upstream:
         self._label_field = pb.PredictRequest(model_spec=pb.ModelSpec(version_label=label)).SerializeToString()
         self._channel = Channel(target, MESSAGE_LIMIT, tls)
         self._default_answered = ""
+        self._classes: dict[str, Classes] = {}
         self.looked = asyncio.Event()
         """Set once the status has been asked for the first time, whatever came of it."""
         self._listeners: list[Callable[[Availability], Any]] = []
@@ -144,7 +171,7 @@ class Upstream:
         Raises:
             NotFound: The version that was asked for is not there.
             ModelUnavailable, UpstreamTimeout, Overloaded, BadImage: As the server said, or its breaker.
-            BadAnswer: The answer is not N finite rows of ten probabilities.
+            BadAnswer: The answer is not N finite rows of probabilities.
         """
         request = _predict_request(images_u8, count, version)
         try:
@@ -155,7 +182,14 @@ class Upstream:
         if version == LATEST and found.model_version != self._default_answered:
             self._default_answered = found.model_version
             self._metrics.version_changed(found.model_version)
-        return found
+        names = (await self._learn_classes(found.model_version, deadline)).names
+        return found._replace(names=names) if len(names) == found.probabilities.shape[1] else found
+
+    def classes(self, version: Version = LATEST) -> Classes:
+        """The classes of that version, as far as known; if none is named, of the one that answers by default."""
+        newest = self._seen.versions[-1] if self._seen.versions else ""
+        number = self._default_answered or newest if version.number is None else str(version.number)
+        return self._classes.get(number, Classes())
 
     async def pass_on(self, path: str, request: bytes, version: Version, deadline: float) -> bytes:
         """Send a serialised request as it is, plus the label if it names no version; return the serialised answer.
@@ -254,11 +288,43 @@ class Upstream:
                 self._seen = found or Availability(False, f"the model server at {self._target} does not answer in time")
                 if self._seen.ready:
                     self.breaker.server_is_back()
+                    for version in self._seen.versions:
+                        await self._learn_classes(version, time.monotonic() + STATUS_S)
+                    self._classes = {v: c for v, c in self._classes.items() if v in self._seen.versions}
                 self._refresh()
             self.looked.set()
             if self._label and not self._use_label:
                 self._use_label = await self._knows_label()
             await asyncio.sleep(self._poll_s)
+
+    async def _learn_classes(self, version: str, deadline: float) -> Classes:
+        """The classes of a version, asked once. A server that is away or late now is asked again another time."""
+        found = self._classes.get(version)
+        if found is not None:
+            return found
+        try:
+            found = await self._ask_classes(int(version), min(deadline, time.monotonic() + STATUS_S))
+        except CallFailed as err:
+            if err.code in _PASSES:
+                return Classes()
+            found = Classes()
+        self._classes[version] = found
+        return found
+
+    async def _ask_classes(self, version: int, deadline: float) -> Classes:
+        """How many there are by the signature of the model; their names by one that models of ours have besides."""
+        spec = pb.ModelSpec(name=contract.MODEL_NAME, version=pb.Version(value=version))
+        request = pb.GetModelMetadataRequest(model_spec=spec, metadata_field=("signature_def",))
+        answer = await self._channel.call(
+            GET_MODEL_METADATA, request.SerializeToString(), max(0.001, deadline - time.monotonic())
+        )
+        signatures = _signatures(answer)
+        shape = signatures[contract.SIGNATURE].outputs[contract.OUTPUT_PROBABILITIES].tensor_shape.dim
+        count = shape[1].size if len(shape) == 2 else -1
+        if contract.CLASSES_SIGNATURE not in signatures or not 1 <= count <= MOST_CLASSES:
+            return Classes(count)
+        answer = await self._channel.call(PREDICT, _names_request(spec, count), max(0.001, deadline - time.monotonic()))
+        return Classes(count, _names(answer, count))
 
     async def _knows_label(self) -> bool:
         request = pb.GetModelMetadataRequest(
@@ -317,19 +383,49 @@ def _predict_request(images_u8: bytes, count: int, version: Version) -> bytes:
     return request.SerializeToString()
 
 
+def _names_request(spec: pb.ModelSpec, count: int) -> bytes:
+    request = pb.PredictRequest(model_spec=spec)
+    request.model_spec.signature_name = contract.CLASSES_SIGNATURE
+    tensor = request.inputs[contract.OUTPUT_DIGIT]
+    tensor.dtype = pb.DT_INT64
+    tensor.tensor_shape.dim.add(size=count)
+    tensor.tensor_content = np.arange(count, dtype="<i8").tobytes()
+    return request.SerializeToString()
+
+
+def _names(data: bytes, count: int) -> tuple[str, ...]:
+    """The classes' names; none where they are what counting would call them, or damaged."""
+    try:
+        values = pb.PredictResponseOfStrings.FromString(data).outputs[contract.OUTPUT_NAME].string_val
+        names = tuple(value.decode() for value in values)
+    except (DecodeError, UnicodeDecodeError):
+        return ()
+    return names if len(names) == count and names != tuple(map(str, range(count))) else ()
+
+
+def _signatures(data: bytes) -> Mapping[str, pb.SignatureDef]:
+    """The signatures in a GetModelMetadataResponse; none where it is damaged."""
+    try:
+        content = pb.GetModelMetadataResponse.FromString(data).metadata["signature_def"].value
+        signatures: Mapping[str, pb.SignatureDef] = pb.SignatureDefMap.FromString(content).signature_def
+    except DecodeError:
+        return pb.SignatureDefMap().signature_def
+    return signatures
+
+
 def _predictions(data: bytes, count: int) -> Predictions:
     answer = pb.PredictResponse.FromString(data)
     tensor = answer.outputs[contract.OUTPUT_PROBABILITIES]
     shape = [dim.size for dim in tensor.tensor_shape.dim]
-    if tensor.dtype != pb.DT_FLOAT or shape != [count, contract.CLASS_COUNT]:
+    if tensor.dtype != pb.DT_FLOAT or len(shape) != 2 or shape[0] != count or not 1 <= shape[1] <= MOST_CLASSES:
         raise BadAnswer(
-            f"expected {contract.OUTPUT_PROBABILITIES!r} float32 [{count}, {contract.CLASS_COUNT}] from the model "
-            f"server, came data type {tensor.dtype} {shape}"
+            f"expected {contract.OUTPUT_PROBABILITIES!r} float32 [{count}, classes] from the model server, came data "
+            f"type {tensor.dtype} {shape}"
         )
     values = np.frombuffer(tensor.tensor_content or tensor.float_val or b"", np.float32)
-    if values.size != count * contract.CLASS_COUNT:
-        values = _floats_the_long_way(data, count * contract.CLASS_COUNT)
-    probabilities = values.reshape(count, contract.CLASS_COUNT)  # (N, 10)
+    if values.size != count * shape[1]:
+        values = _floats_the_long_way(data, count * shape[1])
+    probabilities = values.reshape(shape)  # (N, C)
     if not np.isfinite(probabilities).all():
         raise BadAnswer("the model server's probabilities are not all finite")
     return Predictions(probabilities, str(answer.model_spec.version.value))

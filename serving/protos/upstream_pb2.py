@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dserving/protos/upstream.proto\x12\x12\x64igits.upstream.v1\"\x82\x01\n\x10TensorShapeProto\x12\x35\n\x03\x64im\x18\x02 \x03(\x0b\x32(.digits.upstream.v1.TensorShapeProto.Dim\x12\x14\n\x0cunknown_rank\x18\x03 \x01(\x08\x1a!\n\x03\x44im\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\"\xa1\x01\n\x0bTensorProto\x12+\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1c.digits.upstream.v1.DataType\x12:\n\x0ctensor_shape\x18\x02 \x01(\x0b\x32$.digits.upstream.v1.TensorShapeProto\x12\x16\n\x0etensor_content\x18\x04 \x01(\x0c\x12\x11\n\tfloat_val\x18\x05 \x01(\x0c\"\x18\n\x07Version\x12\r\n\x05value\x18\x01 \x01(\x03\"v\n\tModelSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x07version\x18\x02 \x01(\x0b\x32\x1b.digits.upstream.v1.Version\x12\x16\n\x0esignature_name\x18\x03 \x01(\t\x12\x15\n\rversion_label\x18\x04 \x01(\t\"\xea\x01\n\x0ePredictRequest\x12\x31\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x1d.digits.upstream.v1.ModelSpec\x12>\n\x06inputs\x18\x02 \x03(\x0b\x32..digits.upstream.v1.PredictRequest.InputsEntry\x12\x15\n\routput_filter\x18\x03 \x03(\t\x1aN\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12.\n\x05value\x18\x02 \x01(\x0b\x32\x1f.digits.upstream.v1.TensorProto:\x02\x38\x01\"\xd8\x01\n\x0fPredictResponse\x12\x41\n\x07outputs\x18\x01 \x03(\x0b\x32\x30.digits.upstream.v1.PredictResponse.OutputsEntry\x12\x31\n\nmodel_spec\x18\x02 \x01(\x0b\x32\x1d.digits.upstream.v1.ModelSpec\x1aO\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12.\n\x05value\x18\x02 \x01(\x0b\x32\x1f.digits.upstream.v1.TensorProto:\x02\x38\x01\"\xa9\x01\n\x13TensorProtoOfFloats\x12+\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1c.digits.upstream.v1.DataType\x12:\n\x0ctensor_shape\x18\x02 \x01(\x0b\x32$.digits.upstream.v1.TensorShapeProto\x12\x16\n\x0etensor_content\x18\x04 \x01(\x0c\x12\x11\n\tfloat_val\x18\x05 \x03(\x02\"\xf0\x01\n\x17PredictResponseOfFloats\x12I\n\x07outputs\x18\x01 \x03(\x0b\x32\x38.digits.upstream.v1.PredictResponseOfFloats.OutputsEntry\x12\x31\n\nmodel_spec\x18\x02 \x01(\x0b\x32\x1d.digits.upstream.v1.ModelSpec\x1aW\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x36\n\x05value\x18\x02 \x01(\x0b\x32\'.digits.upstream.v1.TensorProtoOfFloats:\x02\x38\x01\"\xe0\x01\n\x14PassedPredictRequest\x12\x31\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x1d.digits.upstream.v1.ModelSpec\x12\x44\n\x06inputs\x18\x02 \x03(\x0b\x32\x34.digits.upstream.v1.PassedPredictRequest.InputsEntry\x1aO\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12/\n\x05value\x18\x02 \x01(\x0b\x32 .digits.upstream.v1.PassedTensor:\x02\x38\x01\"\xa0\x01\n\x0cPassedTensor\x12+\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1c.digits.upstream.v1.DataType\x12:\n\x0ctensor_shape\x18\x02 \x01(\x0b\x32$.digits.upstream.v1.TensorShapeProto\x12\x16\n\x0etensor_content\x18\x04 \x01(\x0c\x12\x0f\n\x07int_val\x18\x07 \x03(\x05\"d\n\x17GetModelMetadataRequest\x12\x31\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x1d.digits.upstream.v1.ModelSpec\x12\x16\n\x0emetadata_field\x18\x02 \x03(\t\"\xa6\x02\n\x18GetModelMetadataResponse\x12\x31\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x1d.digits.upstream.v1.ModelSpec\x12L\n\x08metadata\x18\x02 \x03(\x0b\x32:.digits.upstream.v1.GetModelMetadataResponse.MetadataEntry\x1a&\n\x03\x41ny\x12\x10\n\x08type_url\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\x1a\x61\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12?\n\x05value\x18\x02 \x01(\x0b\x32\x30.digits.upstream.v1.GetModelMetadataResponse.Any:\x02\x38\x01\"\xb6\x01\n\x0fSignatureDefMap\x12L\n\rsignature_def\x18\x01 \x03(\x0b\x32\x35.digits.upstream.v1.SignatureDefMap.SignatureDefEntry\x1aU\n\x11SignatureDefEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12/\n\x05value\x18\x02 \x01(\x0b\x32 .digits.upstream.v1.SignatureDef:\x02\x38\x01\"\xd4\x03\n\x0cSignatureDef\x12<\n\x06inputs\x18\x01 \x03(\x0b\x32,.digits.upstream.v1.SignatureDef.InputsEntry\x12>\n\x07outputs\x18\x02 \x03(\x0b\x32-.digits.upstream.v1.SignatureDef.OutputsEntry\x12\x13\n\x0bmethod_name\x18\x03 \x01(\t\x12@\n\x08\x64\x65\x66\x61ults\x18\x04 \x03(\x0b\x32..digits.upstream.v1.SignatureDef.DefaultsEntry\x1aM\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.digits.upstream.v1.TensorInfo:\x02\x38\x01\x1aN\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.digits.upstream.v1.TensorInfo:\x02\x38\x01\x1aP\n\rDefaultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12.\n\x05value\x18\x02 \x01(\x0b\x32\x1f.digits.upstream.v1.TensorProto:\x02\x38\x01\"\x83\x01\n\nTensorInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x05\x64type\x18\x02 \x01(\x0e\x32\x1c.digits.upstream.v1.DataType\x12:\n\x0ctensor_shape\x18\x03 \x01(\x0b\x32$.digits.upstream.v1.TensorShapeProto\"J\n\x15GetModelStatusRequest\x12\x31\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x1d.digits.upstream.v1.ModelSpec\"\xab\x02\n\x12ModelVersionStatus\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12;\n\x05state\x18\x02 \x01(\x0e\x32,.digits.upstream.v1.ModelVersionStatus.State\x12=\n\x06status\x18\x03 \x01(\x0b\x32-.digits.upstream.v1.ModelVersionStatus.Status\x1a\x33\n\x06Status\x12\x12\n\nerror_code\x18\x01 \x01(\x05\x12\x15\n\rerror_message\x18\x02 \x01(\t\"S\n\x05State\x12\x0b\n\x07UNKNOWN\x10\x00\x12\t\n\x05START\x10\n\x12\x0b\n\x07LOADING\x10\x14\x12\r\n\tAVAILABLE\x10\x1e\x12\r\n\tUNLOADING\x10(\x12\x07\n\x03\x45ND\x10\x32\"^\n\x16GetModelStatusResponse\x12\x44\n\x14model_version_status\x18\x01 \x03(\x0b\x32&.digits.upstream.v1.ModelVersionStatus*\x88\x02\n\x08\x44\x61taType\x12\x0e\n\nDT_INVALID\x10\x00\x12\x0c\n\x08\x44T_FLOAT\x10\x01\x12\r\n\tDT_DOUBLE\x10\x02\x12\x0c\n\x08\x44T_INT32\x10\x03\x12\x0c\n\x08\x44T_UINT8\x10\x04\x12\x0c\n\x08\x44T_INT16\x10\x05\x12\x0b\n\x07\x44T_INT8\x10\x06\x12\r\n\tDT_STRING\x10\x07\x12\x10\n\x0c\x44T_COMPLEX64\x10\x08\x12\x0c\n\x08\x44T_INT64\x10\t\x12\x0b\n\x07\x44T_BOOL\x10\n\x12\x0f\n\x0b\x44T_BFLOAT16\x10\x0e\x12\r\n\tDT_UINT16\x10\x11\x12\x11\n\rDT_COMPLEX128\x10\x12\x12\x0b\n\x07\x44T_HALF\x10\x13\x12\r\n\tDT_UINT32\x10\x16\x12\r\n\tDT_UINT64\x10\x17\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dserving/protos/upstream.proto\x12\x12\x64igits.upstream.v1\"\x82\x01\n\x10TensorShapeProto\x12\x35\n\x03\x64im\x18\x02 \x03(\x0b\x32(.digits.upstream.v1.TensorShapeProto.Dim\x12\x14\n\x0cunknown_rank\x18\x03 \x01(\x08\x1a!\n\x03\x44im\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\"\xa1\x01\n\x0bTensorProto\x12+\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1c.digits.upstream.v1.DataType\x12:\n\x0ctensor_shape\x18\x02 \x01(\x0b\x32$.digits.upstream.v1.TensorShapeProto\x12\x16\n\x0etensor_content\x18\x04 \x01(\x0c\x12\x11\n\tfloat_val\x18\x05 \x01(\x0c\"\x18\n\x07Version\x12\r\n\x05value\x18\x01 \x01(\x03\"v\n\tModelSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x07version\x18\x02 \x01(\x0b\x32\x1b.digits.upstream.v1.Version\x12\x16\n\x0esignature_name\x18\x03 \x01(\t\x12\x15\n\rversion_label\x18\x04 \x01(\t\"\xea\x01\n\x0ePredictRequest\x12\x31\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x1d.digits.upstream.v1.ModelSpec\x12>\n\x06inputs\x18\x02 \x03(\x0b\x32..digits.upstream.v1.PredictRequest.InputsEntry\x12\x15\n\routput_filter\x18\x03 \x03(\t\x1aN\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12.\n\x05value\x18\x02 \x01(\x0b\x32\x1f.digits.upstream.v1.TensorProto:\x02\x38\x01\"\xd8\x01\n\x0fPredictResponse\x12\x41\n\x07outputs\x18\x01 \x03(\x0b\x32\x30.digits.upstream.v1.PredictResponse.OutputsEntry\x12\x31\n\nmodel_spec\x18\x02 \x01(\x0b\x32\x1d.digits.upstream.v1.ModelSpec\x1aO\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12.\n\x05value\x18\x02 \x01(\x0b\x32\x1f.digits.upstream.v1.TensorProto:\x02\x38\x01\"\xa9\x01\n\x13TensorProtoOfFloats\x12+\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1c.digits.upstream.v1.DataType\x12:\n\x0ctensor_shape\x18\x02 \x01(\x0b\x32$.digits.upstream.v1.TensorShapeProto\x12\x16\n\x0etensor_content\x18\x04 \x01(\x0c\x12\x11\n\tfloat_val\x18\x05 \x03(\x02\"\xf0\x01\n\x17PredictResponseOfFloats\x12I\n\x07outputs\x18\x01 \x03(\x0b\x32\x38.digits.upstream.v1.PredictResponseOfFloats.OutputsEntry\x12\x31\n\nmodel_spec\x18\x02 \x01(\x0b\x32\x1d.digits.upstream.v1.ModelSpec\x1aW\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x36\n\x05value\x18\x02 \x01(\x0b\x32\'.digits.upstream.v1.TensorProtoOfFloats:\x02\x38\x01\"*\n\x14TensorProtoOfStrings\x12\x12\n\nstring_val\x18\x08 \x03(\x0c\"\xc0\x01\n\x18PredictResponseOfStrings\x12J\n\x07outputs\x18\x01 \x03(\x0b\x32\x39.digits.upstream.v1.PredictResponseOfStrings.OutputsEntry\x1aX\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x37\n\x05value\x18\x02 \x01(\x0b\x32(.digits.upstream.v1.TensorProtoOfStrings:\x02\x38\x01\"\xe0\x01\n\x14PassedPredictRequest\x12\x31\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x1d.digits.upstream.v1.ModelSpec\x12\x44\n\x06inputs\x18\x02 \x03(\x0b\x32\x34.digits.upstream.v1.PassedPredictRequest.InputsEntry\x1aO\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12/\n\x05value\x18\x02 \x01(\x0b\x32 .digits.upstream.v1.PassedTensor:\x02\x38\x01\"\xa0\x01\n\x0cPassedTensor\x12+\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1c.digits.upstream.v1.DataType\x12:\n\x0ctensor_shape\x18\x02 \x01(\x0b\x32$.digits.upstream.v1.TensorShapeProto\x12\x16\n\x0etensor_content\x18\x04 \x01(\x0c\x12\x0f\n\x07int_val\x18\x07 \x03(\x05\"d\n\x17GetModelMetadataRequest\x12\x31\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x1d.digits.upstream.v1.ModelSpec\x12\x16\n\x0emetadata_field\x18\x02 \x03(\t\"\xa6\x02\n\x18GetModelMetadataResponse\x12\x31\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x1d.digits.upstream.v1.ModelSpec\x12L\n\x08metadata\x18\x02 \x03(\x0b\x32:.digits.upstream.v1.GetModelMetadataResponse.MetadataEntry\x1a&\n\x03\x41ny\x12\x10\n\x08type_url\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\x1a\x61\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12?\n\x05value\x18\x02 \x01(\x0b\x32\x30.digits.upstream.v1.GetModelMetadataResponse.Any:\x02\x38\x01\"\xb6\x01\n\x0fSignatureDefMap\x12L\n\rsignature_def\x18\x01 \x03(\x0b\x32\x35.digits.upstream.v1.SignatureDefMap.SignatureDefEntry\x1aU\n\x11SignatureDefEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12/\n\x05value\x18\x02 \x01(\x0b\x32 .digits.upstream.v1.SignatureDef:\x02\x38\x01\"\xd4\x03\n\x0cSignatureDef\x12<\n\x06inputs\x18\x01 \x03(\x0b\x32,.digits.upstream.v1.SignatureDef.InputsEntry\x12>\n\x07outputs\x18\x02 \x03(\x0b\x32-.digits.upstream.v1.SignatureDef.OutputsEntry\x12\x13\n\x0bmethod_name\x18\x03 \x01(\t\x12@\n\x08\x64\x65\x66\x61ults\x18\x04 \x03(\x0b\x32..digits.upstream.v1.SignatureDef.DefaultsEntry\x1aM\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.digits.upstream.v1.TensorInfo:\x02\x38\x01\x1aN\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.digits.upstream.v1.TensorInfo:\x02\x38\x01\x1aP\n\rDefaultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12.\n\x05value\x18\x02 \x01(\x0b\x32\x1f.digits.upstream.v1.TensorProto:\x02\x38\x01\"\x83\x01\n\nTensorInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x05\x64type\x18\x02 \x01(\x0e\x32\x1c.digits.upstream.v1.DataType\x12:\n\x0ctensor_shape\x18\x03 \x01(\x0b\x32$.digits.upstream.v1.TensorShapeProto\"J\n\x15GetModelStatusRequest\x12\x31\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x1d.digits.upstream.v1.ModelSpec\"\xab\x02\n\x12ModelVersionStatus\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12;\n\x05state\x18\x02 \x01(\x0e\x32,.digits.upstream.v1.ModelVersionStatus.State\x12=\n\x06status\x18\x03 \x01(\x0b\x32-.digits.upstream.v1.ModelVersionStatus.Status\x1a\x33\n\x06Status\x12\x12\n\nerror_code\x18\x01 \x01(\x05\x12\x15\n\rerror_message\x18\x02 \x01(\t\"S\n\x05State\x12\x0b\n\x07UNKNOWN\x10\x00\x12\t\n\x05START\x10\n\x12\x0b\n\x07LOADING\x10\x14\x12\r\n\tAVAILABLE\x10\x1e\x12\r\n\tUNLOADING\x10(\x12\x07\n\x03\x45ND\x10\x32\"^\n\x16GetModelStatusResponse\x12\x44\n\x14model_version_status\x18\x01 \x03(\x0b\x32&.digits.upstream.v1.ModelVersionStatus*\x88\x02\n\x08\x44\x61taType\x12\x0e\n\nDT_INVALID\x10\x00\x12\x0c\n\x08\x44T_FLOAT\x10\x01\x12\r\n\tDT_DOUBLE\x10\x02\x12\x0c\n\x08\x44T_INT32\x10\x03\x12\x0c\n\x08\x44T_UINT8\x10\x04\x12\x0c\n\x08\x44T_INT16\x10\x05\x12\x0b\n\x07\x44T_INT8\x10\x06\x12\r\n\tDT_STRING\x10\x07\x12\x10\n\x0c\x44T_COMPLEX64\x10\x08\x12\x0c\n\x08\x44T_INT64\x10\t\x12\x0b\n\x07\x44T_BOOL\x10\n\x12\x0f\n\x0b\x44T_BFLOAT16\x10\x0e\x12\r\n\tDT_UINT16\x10\x11\x12\x11\n\rDT_COMPLEX128\x10\x12\x12\x0b\n\x07\x44T_HALF\x10\x13\x12\r\n\tDT_UINT32\x10\x16\x12\r\n\tDT_UINT64\x10\x17\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,6 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREDICTRESPONSE_OUTPUTSENTRY']._serialized_options = b'8\001'
   _globals['_PREDICTRESPONSEOFFLOATS_OUTPUTSENTRY']._loaded_options = None
   _globals['_PREDICTRESPONSEOFFLOATS_OUTPUTSENTRY']._serialized_options = b'8\001'
+  _globals['_PREDICTRESPONSEOFSTRINGS_OUTPUTSENTRY']._loaded_options = None
+  _globals['_PREDICTRESPONSEOFSTRINGS_OUTPUTSENTRY']._serialized_options = b'8\001'
   _globals['_PASSEDPREDICTREQUEST_INPUTSENTRY']._loaded_options = None
   _globals['_PASSEDPREDICTREQUEST_INPUTSENTRY']._serialized_options = b'8\001'
   _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._loaded_options = None
@@ -49,8 +51,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIGNATUREDEF_OUTPUTSENTRY']._serialized_options = b'8\001'
   _globals['_SIGNATUREDEF_DEFAULTSENTRY']._loaded_options = None
   _globals['_SIGNATUREDEF_DEFAULTSENTRY']._serialized_options = b'8\001'
-  _globals['_DATATYPE']._serialized_start=3421
-  _globals['_DATATYPE']._serialized_end=3685
+  _globals['_DATATYPE']._serialized_start=3660
+  _globals['_DATATYPE']._serialized_end=3924
   _globals['_TENSORSHAPEPROTO']._serialized_start=54
   _globals['_TENSORSHAPEPROTO']._serialized_end=184
   _globals['_TENSORSHAPEPROTO_DIM']._serialized_start=151
@@ -75,42 +77,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREDICTRESPONSEOFFLOATS']._serialized_end=1365
   _globals['_PREDICTRESPONSEOFFLOATS_OUTPUTSENTRY']._serialized_start=1278
   _globals['_PREDICTRESPONSEOFFLOATS_OUTPUTSENTRY']._serialized_end=1365
-  _globals['_PASSEDPREDICTREQUEST']._serialized_start=1368
-  _globals['_PASSEDPREDICTREQUEST']._serialized_end=1592
-  _globals['_PASSEDPREDICTREQUEST_INPUTSENTRY']._serialized_start=1513
-  _globals['_PASSEDPREDICTREQUEST_INPUTSENTRY']._serialized_end=1592
-  _globals['_PASSEDTENSOR']._serialized_start=1595
-  _globals['_PASSEDTENSOR']._serialized_end=1755
-  _globals['_GETMODELMETADATAREQUEST']._serialized_start=1757
-  _globals['_GETMODELMETADATAREQUEST']._serialized_end=1857
-  _globals['_GETMODELMETADATARESPONSE']._serialized_start=1860
-  _globals['_GETMODELMETADATARESPONSE']._serialized_end=2154
-  _globals['_GETMODELMETADATARESPONSE_ANY']._serialized_start=2017
-  _globals['_GETMODELMETADATARESPONSE_ANY']._serialized_end=2055
-  _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._serialized_start=2057
-  _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._serialized_end=2154
-  _globals['_SIGNATUREDEFMAP']._serialized_start=2157
-  _globals['_SIGNATUREDEFMAP']._serialized_end=2339
-  _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._serialized_start=2254
-  _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._serialized_end=2339
-  _globals['_SIGNATUREDEF']._serialized_start=2342
-  _globals['_SIGNATUREDEF']._serialized_end=2810
-  _globals['_SIGNATUREDEF_INPUTSENTRY']._serialized_start=2571
-  _globals['_SIGNATUREDEF_INPUTSENTRY']._serialized_end=2648
-  _globals['_SIGNATUREDEF_OUTPUTSENTRY']._serialized_start=2650
-  _globals['_SIGNATUREDEF_OUTPUTSENTRY']._serialized_end=2728
-  _globals['_SIGNATUREDEF_DEFAULTSENTRY']._serialized_start=2730
-  _globals['_SIGNATUREDEF_DEFAULTSENTRY']._serialized_end=2810
-  _globals['_TENSORINFO']._serialized_start=2813
-  _globals['_TENSORINFO']._serialized_end=2944
-  _globals['_GETMODELSTATUSREQUEST']._serialized_start=2946
-  _globals['_GETMODELSTATUSREQUEST']._serialized_end=3020
-  _globals['_MODELVERSIONSTATUS']._serialized_start=3023
-  _globals['_MODELVERSIONSTATUS']._serialized_end=3322
-  _globals['_MODELVERSIONSTATUS_STATUS']._serialized_start=3186
-  _globals['_MODELVERSIONSTATUS_STATUS']._serialized_end=3237
-  _globals['_MODELVERSIONSTATUS_STATE']._serialized_start=3239
-  _globals['_MODELVERSIONSTATUS_STATE']._serialized_end=3322
-  _globals['_GETMODELSTATUSRESPONSE']._serialized_start=3324
-  _globals['_GETMODELSTATUSRESPONSE']._serialized_end=3418
+  _globals['_TENSORPROTOOFSTRINGS']._serialized_start=1367
+  _globals['_TENSORPROTOOFSTRINGS']._serialized_end=1409
+  _globals['_PREDICTRESPONSEOFSTRINGS']._serialized_start=1412
+  _globals['_PREDICTRESPONSEOFSTRINGS']._serialized_end=1604
+  _globals['_PREDICTRESPONSEOFSTRINGS_OUTPUTSENTRY']._serialized_start=1516
+  _globals['_PREDICTRESPONSEOFSTRINGS_OUTPUTSENTRY']._serialized_end=1604
+  _globals['_PASSEDPREDICTREQUEST']._serialized_start=1607
+  _globals['_PASSEDPREDICTREQUEST']._serialized_end=1831
+  _globals['_PASSEDPREDICTREQUEST_INPUTSENTRY']._serialized_start=1752
+  _globals['_PASSEDPREDICTREQUEST_INPUTSENTRY']._serialized_end=1831
+  _globals['_PASSEDTENSOR']._serialized_start=1834
+  _globals['_PASSEDTENSOR']._serialized_end=1994
+  _globals['_GETMODELMETADATAREQUEST']._serialized_start=1996
+  _globals['_GETMODELMETADATAREQUEST']._serialized_end=2096
+  _globals['_GETMODELMETADATARESPONSE']._serialized_start=2099
+  _globals['_GETMODELMETADATARESPONSE']._serialized_end=2393
+  _globals['_GETMODELMETADATARESPONSE_ANY']._serialized_start=2256
+  _globals['_GETMODELMETADATARESPONSE_ANY']._serialized_end=2294
+  _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._serialized_start=2296
+  _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._serialized_end=2393
+  _globals['_SIGNATUREDEFMAP']._serialized_start=2396
+  _globals['_SIGNATUREDEFMAP']._serialized_end=2578
+  _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._serialized_start=2493
+  _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._serialized_end=2578
+  _globals['_SIGNATUREDEF']._serialized_start=2581
+  _globals['_SIGNATUREDEF']._serialized_end=3049
+  _globals['_SIGNATUREDEF_INPUTSENTRY']._serialized_start=2810
+  _globals['_SIGNATUREDEF_INPUTSENTRY']._serialized_end=2887
+  _globals['_SIGNATUREDEF_OUTPUTSENTRY']._serialized_start=2889
+  _globals['_SIGNATUREDEF_OUTPUTSENTRY']._serialized_end=2967
+  _globals['_SIGNATUREDEF_DEFAULTSENTRY']._serialized_start=2969
+  _globals['_SIGNATUREDEF_DEFAULTSENTRY']._serialized_end=3049
+  _globals['_TENSORINFO']._serialized_start=3052
+  _globals['_TENSORINFO']._serialized_end=3183
+  _globals['_GETMODELSTATUSREQUEST']._serialized_start=3185
+  _globals['_GETMODELSTATUSREQUEST']._serialized_end=3259
+  _globals['_MODELVERSIONSTATUS']._serialized_start=3262
+  _globals['_MODELVERSIONSTATUS']._serialized_end=3561
+  _globals['_MODELVERSIONSTATUS_STATUS']._serialized_start=3425
+  _globals['_MODELVERSIONSTATUS_STATUS']._serialized_end=3476
+  _globals['_MODELVERSIONSTATUS_STATE']._serialized_start=3478
+  _globals['_MODELVERSIONSTATUS_STATE']._serialized_end=3561
+  _globals['_GETMODELSTATUSRESPONSE']._serialized_start=3563
+  _globals['_GETMODELSTATUSRESPONSE']._serialized_end=3657
 # @@protoc_insertion_point(module_scope)

@@ -148,6 +148,25 @@ class PredictResponseOfFloats(_message.Message):
     model_spec: ModelSpec
     def __init__(self, outputs: _Optional[_Mapping[str, TensorProtoOfFloats]] = ..., model_spec: _Optional[_Union[ModelSpec, _Mapping]] = ...) -> None: ...
 
+class TensorProtoOfStrings(_message.Message):
+    __slots__ = ("string_val",)
+    STRING_VAL_FIELD_NUMBER: _ClassVar[int]
+    string_val: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, string_val: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class PredictResponseOfStrings(_message.Message):
+    __slots__ = ("outputs",)
+    class OutputsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: TensorProtoOfStrings
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[TensorProtoOfStrings, _Mapping]] = ...) -> None: ...
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    outputs: _containers.MessageMap[str, TensorProtoOfStrings]
+    def __init__(self, outputs: _Optional[_Mapping[str, TensorProtoOfStrings]] = ...) -> None: ...
+
 class PassedPredictRequest(_message.Message):
     __slots__ = ("model_spec", "inputs")
     class InputsEntry(_message.Message):

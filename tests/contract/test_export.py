@@ -1,6 +1,7 @@
 """What is exported is what digits/contract.py says, and answers as Keras does."""
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ def make_model(**changes: Any) -> Any:
 
     settings = {"hidden_widths": (32, 16), "activation": "relu", "normalisation": "batch", "dropout": 0.1, "l2": 0.0}
     keras.utils.set_random_seed(5)
-    model = build_model(ModelParams(**{**settings, **changes}), "float32")
+    model = build_model(ModelParams(**{**settings, **changes}), len(contract.DIGITS), "float32")
     rng = np.random.default_rng(4)
     weights = [rng.uniform(0.2, 1.2, w.shape) for w in model.get_weights()]
     model.set_weights([w * rng.choice([-0.1, 0.1], w.shape) if w.ndim == 2 else w for w in weights])
@@ -46,7 +47,7 @@ def exported(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from training.export import write_saved_model
 
     folder = tmp_path_factory.mktemp("export") / "saved_model"
-    write_saved_model(folder, model, IMAGES[:10], warmup_batch_sizes=(1, 4))
+    write_saved_model(folder, model, contract.DIGITS, IMAGES[:10], warmup_batch_sizes=(1, 4))
     return folder
 
 
@@ -61,18 +62,27 @@ def test_signatures_have_the_contracts_names_types_and_shapes(exported: Path) ->
     import tensorflow as tf
 
     signatures = tf.saved_model.load(str(exported)).signatures
-    assert set(signatures) == {contract.SIGNATURE, contract.ENCODED_SIGNATURE}
+    assert set(signatures) == {contract.SIGNATURE, contract.ENCODED_SIGNATURE, contract.CLASSES_SIGNATURE}
     _, inputs = signatures[contract.SIGNATURE].structured_input_signature
     assert inputs == {"images": tf.TensorSpec((None, 28, 28), tf.uint8, name="images")}
     _, inputs = signatures[contract.ENCODED_SIGNATURE].structured_input_signature
     assert inputs == {"image_bytes": tf.TensorSpec((None,), tf.string, name="image_bytes")}
-    for signature in signatures.values():
-        outputs = signature.structured_outputs
+    _, inputs = signatures[contract.CLASSES_SIGNATURE].structured_input_signature
+    assert inputs == {"digit": tf.TensorSpec((None,), tf.int64, name="digit")}
+    for name in (contract.SIGNATURE, contract.ENCODED_SIGNATURE):
+        outputs = signatures[name].structured_outputs
         assert set(outputs) == {"probabilities", "digit"}
         assert outputs["probabilities"].dtype == tf.float32
         assert outputs["probabilities"].shape.as_list() == [None, 10]
         assert outputs["digit"].dtype == tf.int64
         assert outputs["digit"].shape.as_list() == [None]
+
+
+def test_a_model_says_what_its_classes_are_called(exported: Path) -> None:
+    """Asked by their numbers over the wire, and in a file beside it."""
+    answer = ask(exported, contract.CLASSES_SIGNATURE, digit=np.array([7, 0], np.int64))
+    assert answer["name"].tolist() == [b"7", b"0"]
+    assert json.loads((exported / contract.CLASSES_FILE).read_text()) == list(contract.DIGITS)
 
 
 @pytest.mark.parametrize("normalisation", ["batch", "layer", "none"])
@@ -84,7 +94,7 @@ def test_every_kind_of_network_answers_as_keras_does(tmp_path: Path, normalisati
 
     model = make_model(normalisation=normalisation, activation=activation)
     expected = predict_probabilities(model, IMAGES)
-    answer = ServedPerceptron(model).classify(IMAGES)
+    answer = ServedPerceptron(model, contract.DIGITS).classify(IMAGES)
     assert np.abs(answer["probabilities"].numpy() - expected).max() < 1e-5
     assert np.array_equal(answer["digit"].numpy(), expected.argmax(axis=1))
     assert expected.std() > 0.001  # not all alike
@@ -195,4 +205,4 @@ def test_a_network_that_is_not_folded_rightly_is_not_exported(
     fold = export.fold_layers
     monkeypatch.setattr(export, "fold_layers", forget_an_offset)
     with pytest.raises(NotTheSame):
-        export.write_saved_model(tmp_path / "saved_model", model, IMAGES[:10], (1,))
+        export.write_saved_model(tmp_path / "saved_model", model, contract.DIGITS, IMAGES[:10], (1,))

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
+from digits.contract import DIGITS
 from pipelines import versioning
 from pipelines.additions import CHANGELOG
 from pipelines.arrays import BadInput, idx_header, read_images, read_labels
@@ -146,7 +147,7 @@ def test_folders_of_pictures_and_idx_pairs_are_read(team: Settings, mnist: tuple
     content = idx_header(9, 28, 28) + mnist[0][700:709].tobytes()
     (pair / "new-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
     write_idx(pair / "new-labels-idx1-ubyte", mnist[1][700:709])
-    batch = read_batch(pair)
+    batch = read_batch(pair, DIGITS)
     assert np.array_equal(batch.images, mnist[0][700:709])
     assert batch.labels.tolist() == mnist[1][700:709].tolist()
 
@@ -170,7 +171,7 @@ def bad_batches(folder: Path, images: np.ndarray, labels: np.ndarray) -> dict[st
         "wide": (npz(folder / "w.npz", wide, labels[:3]), r"shape \(3, 28, 32\); expected \(N, 28, 28\)"),
         "one label short": (npz(folder / "s.npz", images, labels[:-1]), "50 images but 49 labels"),
         "cut short": (cut, "cut short: its header says"),
-        "letters": (letters, "has a folder 'a'; expected one for each digit"),
+        "letters": (letters, "has a folder 'a'; expected one for each class"),
         "objects": (objects, "holds object"),
         "not an archive": (folder / "text.npz", "damaged"),
         "nothing": (folder / "absent", "is not there. Expected one of"),

@@ -20,7 +20,7 @@ from digits.image import read_digit
 from pipelines import prefect_server
 from pipelines.arrays import BadInput, idx_header
 from pipelines.scoring.job import JobError, Tally, finish, plan, profile_shard, require_plausible, score_shard
-from pipelines.scoring.scorers import GatewayScorer, ScorerUnavailable, ScoringFailed, Spec, require_answer, spec_of
+from pipelines.scoring.scorers import GatewayScorer, ScorerUnavailable, ScoringFailed, Spec, count_classes, spec_of
 from pipelines.settings import Settings
 from tests.conftest import running_below
 from tests.pipelines.conftest import environment_for
@@ -50,7 +50,7 @@ def score(source: Path, output: Path, here: Here, **options: object) -> Tally:
     job = plan(source, output, Spec("gateway", here.url), **options)  # type: ignore[arg-type]
     for shard in job.missing():
         score_shard(job.folder, shard)
-    return finish(job, output)
+    return finish(job, output, 10)
 
 
 def rows_of(output: Path) -> list[dict[str, str]]:
@@ -186,7 +186,7 @@ def test_damaged_part_is_named_and_not_joined(here: Here, tmp_path: Path) -> Non
     ):
         job.part(1).write_text(spoiled)
         with pytest.raises(JobError, match=said):
-            finish(job, tmp_path / "out.csv")
+            finish(job, tmp_path / "out.csv", 10)
         assert not (tmp_path / "out.csv").exists()
 
 
@@ -194,7 +194,7 @@ def test_gateway_that_comes_back_is_waited_for_and_one_that_is_none_is_named(her
     """Overload and absence pass; an answer that is no gateway's does not."""
     images = images_with(3)
     with pytest.raises(ScorerUnavailable, match=r"the gateway at http://127\.0\.0\.1:9 cannot be reached"):
-        require_answer(Spec("gateway", "http://127.0.0.1:9"))
+        count_classes(Spec("gateway", "http://127.0.0.1:9"))
     here.thread.run(here.upstream.stop())
     try:
         with pytest.raises(ScorerUnavailable, match=r"answered 503 .*is a model served"):

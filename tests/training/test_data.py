@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from digits.contract import DIGITS
 from tests.training.conftest import write_idx, write_raw
 from training.data import BadRawData, read_idx, read_raw_split, split_stratified
 from training.workspace import BadArtifact, Split, load_split, save_split
@@ -66,7 +67,7 @@ def test_the_real_files_have_their_known_shapes(real: dict[str, Split]) -> None:
 
 def test_the_split_holds_every_index_once_and_every_digit_in_its_share(real: dict[str, Split]) -> None:
     labels = real["train"].labels
-    kept, held_out = split_stratified(labels, 5000, seed=7)
+    kept, held_out = split_stratified(labels, 5000, DIGITS, seed=7)
     assert len(held_out) == 5000
     assert np.array_equal(np.sort(np.concatenate([kept, held_out])), np.arange(60000))
     exact = np.bincount(labels) * 5000 / 60000
@@ -75,7 +76,7 @@ def test_the_split_holds_every_index_once_and_every_digit_in_its_share(real: dic
 
 def test_the_split_repeats_for_a_seed_and_changes_with_it(real: dict[str, Split]) -> None:
     labels = real["train"].labels
-    first, again, other = (split_stratified(labels, 5000, seed)[1] for seed in (7, 7, 8))
+    first, again, other = (split_stratified(labels, 5000, DIGITS, seed)[1] for seed in (7, 7, 8))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
@@ -83,13 +84,13 @@ def test_the_split_repeats_for_a_seed_and_changes_with_it(real: dict[str, Split]
 @pytest.mark.parametrize("held_out", [100, 200])
 def test_holding_out_everything_is_refused(held_out: int) -> None:
     with pytest.raises(BadRawData, match=r"prepare\.validation_images"):
-        split_stratified(np.arange(100) % 10, held_out, seed=0)
+        split_stratified(np.arange(100) % 10, held_out, DIGITS, seed=0)
 
 
-def test_a_digit_too_rare_to_split_is_named() -> None:
+def test_a_class_too_rare_to_split_is_named() -> None:
     labels = np.array([0] * 50 + [1] * 49 + [2])
-    with pytest.raises(BadRawData, match="digit 2 has 1"):
-        split_stratified(labels, 50, seed=0)
+    with pytest.raises(BadRawData, match="class 2 has 1"):
+        split_stratified(labels, 50, DIGITS, seed=0)
 
 
 def test_a_saved_split_is_the_same_bytes_each_time(tmp_path: Path, real: dict[str, Split]) -> None:

@@ -74,6 +74,6 @@ def test_the_wilson_interval_agrees_with_its_tables(right: int, count: int, low:
 def test_the_confusion_matrix_has_true_digits_in_rows() -> None:
     from training.evaluate import confusion_matrix
 
-    confusion = confusion_matrix(np.array([3, 3, 8]), np.array([3, 8, 8]))
+    confusion = confusion_matrix(np.array([3, 3, 8]), np.array([3, 8, 8]), 10)
     assert (confusion[3, 3], confusion[3, 8], confusion[8, 8]) == (1, 1, 1)
     assert confusion.sum() == 3

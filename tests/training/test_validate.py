@@ -112,7 +112,7 @@ def too_few(train: Split, test: Split) -> tuple[Split, Split]:
         (inverted, ["ink is as dark", "0.1 to 0.16", "0.8"], ("train", 0, "border_ink")),
         (repeated, ["images do not repeat", "200"], ("train", 200, "the same picture as row 100")),
         (leaked, ["test images are not in the training file", "42"], ("test", 42, "training row 42")),
-        (one_digit_only, ["every digit occurs", "about equally common"], None),
+        (one_digit_only, ["every class occurs", "about equally common"], None),
         (too_few, ["as many images as expected", "300", "299"], None),
     ],
 )

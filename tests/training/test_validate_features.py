@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from digits.contract import DIGITS
 from training.params import FeatureName
 from training.validation.drift import compare
 from training.validation.features import CHUNK_IMAGES, FEATURES, measure
@@ -70,7 +71,7 @@ def test_drift_is_an_effect_beyond_chance() -> None:
         frame["slant"] += 2 * shift
         return frame.assign(label=rng.integers(0, 10, count))
 
-    same, shifted = compare(draw(3000, 0), draw(1000, 0)), compare(draw(3000, 0), draw(1000, 1))
+    same, shifted = (compare(draw(3000, 0), draw(1000, by), DIGITS) for by in (0, 1))
     assert same["effect"].max() < 0.1
     assert same["psi"].max() < 0.02
     slant = shifted.set_index("name").loc["slant"]
@@ -82,5 +83,5 @@ def test_drift_is_an_effect_beyond_chance() -> None:
 
 def test_a_constant_that_changed_is_a_drift() -> None:
     constant = pd.DataFrame(dict.fromkeys(FEATURES, [1.0] * 50)).assign(label=3)
-    assert compare(constant, constant)["effect"].max() == 0
-    assert compare(constant, constant.assign(slant=2.0))["effect"].max() > 10
+    assert compare(constant, constant, DIGITS)["effect"].max() == 0
+    assert compare(constant, constant.assign(slant=2.0), DIGITS)["effect"].max() > 10

@@ -15,11 +15,11 @@ def some(real: dict[str, Split]) -> dict[str, Split]:
 
 def test_an_image_is_read_without_its_own_label(some: dict[str, Split]) -> None:
     """A label that is changed does not change how its own image is read, and is found."""
-    clean = read_labels(some["train"], some["test"])["train"]
+    clean = read_labels(some["train"], some["test"], 10)["train"]
     rows = np.flatnonzero((clean.likely == some["train"].labels) & (clean.doubt < -0.7))[:20]
     labels = some["train"].labels.copy()
     labels[rows[0]] = (labels[rows[0]] + 3) % 10
-    again = read_labels(Split(some["train"].images, labels), some["test"])["train"]
+    again = read_labels(Split(some["train"].images, labels), some["test"], 10)["train"]
     assert again.likely[rows[0]] == some["train"].labels[rows[0]]
     assert again.doubt[rows[0]] > DOUBTFUL
     assert (again.doubt[rows[1:]] < 0).all()
@@ -28,7 +28,7 @@ def test_an_image_is_read_without_its_own_label(some: dict[str, Split]) -> None:
 def test_test_labels_have_no_part_in_the_reading(some: dict[str, Split]) -> None:
     """The test split stays sealed: nothing is fitted to it."""
     wrong = Split(some["test"].images, (some["test"].labels + 1) % 10)
-    before, after = read_labels(some["train"], some["test"]), read_labels(some["train"], wrong)
+    before, after = read_labels(some["train"], some["test"], 10), read_labels(some["train"], wrong, 10)
     for name in ("train", "test"):
         assert (before[name].likely == after[name].likely).all()
     assert (before["train"].doubt == after["train"].doubt).all()
@@ -40,7 +40,7 @@ def test_any_number_of_fitted_images_fills_all_folds(
 ) -> None:
     """Every fifth image of many: spaced as the folds are, and still each fold has its share."""
     monkeypatch.setattr(labels_module, "FITTED_IMAGES", most)
-    readings = read_labels(some["train"], some["test"])
+    readings = read_labels(some["train"], some["test"], 10)
     for name in ("train", "test"):
         assert (readings[name].likely == some[name].labels).mean() > 0.7
 
@@ -48,13 +48,13 @@ def test_any_number_of_fitted_images_fills_all_folds(
 def test_labels_that_are_no_digit_are_left_out(some: dict[str, Split]) -> None:
     labels = some["train"].labels.copy()
     labels[::3] = 77
-    reading = read_labels(Split(some["train"].images, labels), some["test"])["train"]
+    reading = read_labels(Split(some["train"].images, labels), some["test"], 10)["train"]
     assert (reading.doubt[::3] == 0).all()
     assert (reading.likely == some["train"].labels).mean() > 0.8
 
 
 def test_of_too_few_images_nothing_is_said(some: dict[str, Split]) -> None:
     few = Split(some["train"].images[: FEWEST_IMAGES - 1], some["train"].labels[: FEWEST_IMAGES - 1])
-    readings = read_labels(few, some["test"])
+    readings = read_labels(few, some["test"], 10)
     assert (readings["test"].likely == -1).all()
     assert (readings["train"].doubt == 0).all()

@@ -124,8 +124,8 @@ def look_at(mnist: tuple[dict[str, Split], Params], poison: str) -> tuple[dict[s
     clean, params = mnist
     train, test = POISONS[poison](clean["train"], clean["test"])
     splits = {"train": train, "test": test}
-    frames = build_frames(splits, Path(), params.validate_)
-    return splits, frames, run_suites(frames, params.validate_)
+    frames = build_frames(splits, Path(), params)
+    return splits, frames, run_suites(frames, params)
 
 
 def test_every_damage_that_is_documented_is_tried() -> None:

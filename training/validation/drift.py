@@ -7,34 +7,32 @@ chance alone makes a size, so three standard errors are taken off.
 import numpy as np
 import pandas as pd
 
-from digits.contract import CLASS_COUNT
 from training.validation.features import FEATURES
 
 _STANDARD_ERRORS = 3.0
 _BINS = 10
 
 
-def compare(train: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
-    """A row for each feature over all images (``digit`` is "all"), then for each feature of each digit.
+def compare(train: pd.DataFrame, test: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
+    """A row for each feature over all images (``label`` is "all"), then for each feature of each class.
 
     Returns:
-        ``name``, ``feature``, ``digit``; ``d``, Cohen's d of test against train in pooled standard deviations;
+        ``name``, ``feature``, ``label``; ``d``, Cohen's d of test against train in pooled standard deviations;
         ``effect``, how far its size exceeds three of its standard errors, 0 if not; ``psi``, the population stability
-        index over tenths of the training images beyond its expectation by chance, for all digits together only (0
+        index over tenths of the training images beyond its expectation by chance, for all classes together only (0
         elsewhere). Where either side has fewer than two images nothing is compared: 0.
     """
-    rows = [_row(f, "all", train[f], test[f], _psi(train[f], test[f])) for f in FEATURES]
-    for digit in range(CLASS_COUNT):
-        of_train, of_test = train[train["label"] == digit], test[test["label"] == digit]
-        rows += [_row(f, str(digit), of_train[f], of_test[f], 0.0) for f in FEATURES]
+    rows = [_row(f, f, "all", train[f], test[f], _psi(train[f], test[f])) for f in FEATURES]
+    for label, name in enumerate(classes):
+        of_train, of_test = train[train["label"] == label], test[test["label"] == label]
+        rows += [_row(f"{f} of class {name}", f, name, of_train[f], of_test[f], 0.0) for f in FEATURES]
     return pd.DataFrame(rows)
 
 
-def _row(feature: str, digit: str, train: pd.Series, test: pd.Series, psi: float) -> dict[str, object]:
+def _row(name: str, feature: str, label: str, train: pd.Series, test: pd.Series, psi: float) -> dict[str, object]:
     d, error = _cohens_d(train.to_numpy(), test.to_numpy())
-    name = feature if digit == "all" else f"{feature} of digit {digit}"
     effect = max(0.0, abs(d) - _STANDARD_ERRORS * error)
-    return {"name": name, "feature": feature, "digit": digit, "d": d, "effect": effect, "psi": psi}
+    return {"name": name, "feature": feature, "label": label, "d": d, "effect": effect, "psi": psi}
 
 
 def _cohens_d(train: np.ndarray, test: np.ndarray) -> tuple[float, float]:

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from digits.contract import CLASS_COUNT, IMAGE_HEIGHT, IMAGE_WIDTH
-from training.params import Limits, Severity, ValidateParams
+from digits.contract import IMAGE_HEIGHT, IMAGE_WIDTH
+from training.data import SPLITS
+from training.params import DataParams, Limits, Params, Severity, ValidateParams
 from training.validation.features import FEATURES
-from training.validation.frames import AS_KNOWN, SPLITS, Frames
+from training.validation.frames import AS_KNOWN, Frames
 
 _GX_SEVERITY = {"stop": "critical", "warn": "warning"}
 _SEVERITY = {gx: ours for ours, gx in _GX_SEVERITY.items()}
-_DIGITS = list(range(CLASS_COUNT))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Results:
         return "stopped" if "stop" in broken else "warned" if broken else "passed"
 
 
-def run_suites(frames: Frames, params: ValidateParams) -> Results:
+def run_suites(frames: Frames, params: Params) -> Results:
     """Check every frame against its suite."""
     gx, gxe = _import_great_expectations()
     from great_expectations.data_context.types.base import ProgressBarsConfig
@@ -99,18 +99,19 @@ def run_suites(frames: Frames, params: ValidateParams) -> Results:
     return results
 
 
-def build_suites(gxe: Any, params: ValidateParams, frames: Frames) -> dict[str, list[Any]]:
+def build_suites(gxe: Any, all_params: Params, frames: Frames) -> dict[str, list[Any]]:
     """The expectations about each frame."""
+    params, data = all_params.validate_, all_params.data
     suites = {
         "files": _about_files(gxe, params),
-        "train": _about_split(gxe, params, params.train_images),
-        "test": _about_split(gxe, params, params.test_images),
+        "train": _about_split(gxe, params, data, params.train_images),
+        "test": _about_split(gxe, params, data, params.test_images),
         "classes": [
             gxe.ExpectColumnValuesToBeBetween(
                 column="share",
                 min_value=params.class_share[0],
                 max_value=params.class_share[1],
-                notes="digits are about equally common",
+                notes="classes are about equally common",
                 severity=_GX_SEVERITY[params.severity.balance],
             )
         ],
@@ -119,7 +120,7 @@ def build_suites(gxe: Any, params: ValidateParams, frames: Frames) -> dict[str, 
                 gxe.ExpectColumnValuesToBeBetween,
                 "effect",
                 params.drift,
-                "test images are like training images, digit by digit",
+                "test images are like training images, class by class",
             ),
             *_both_limits(
                 gxe.ExpectColumnValuesToBeBetween,
@@ -163,9 +164,9 @@ def _about_files(gxe: Any, params: ValidateParams) -> list[Any]:
     ]
 
 
-def _about_split(gxe: Any, params: ValidateParams, count: int) -> list[Any]:
+def _about_split(gxe: Any, params: ValidateParams, data: DataParams, count: int) -> list[Any]:
     return [
-        *_about_labels(gxe, params, count),
+        *_about_labels(gxe, params, data, count),
         *_about_blanks(gxe, params),
         gxe.ExpectColumnSumToBeBetween(
             column="repeats",
@@ -179,23 +180,24 @@ def _about_split(gxe: Any, params: ValidateParams, count: int) -> list[Any]:
     ]
 
 
-def _about_labels(gxe: Any, params: ValidateParams, count: int) -> list[Any]:
+def _about_labels(gxe: Any, params: ValidateParams, data: DataParams, count: int) -> list[Any]:
+    known = list(range(len(data.classes)))
     counts, labels = _GX_SEVERITY[params.severity.counts], _GX_SEVERITY[params.severity.labels]
     return [
         gxe.ExpectTableRowCountToEqual(value=count, notes="there are as many images as expected", severity=counts),
         gxe.ExpectColumnValuesToBeInSet(
-            column="label", value_set=_DIGITS, notes="labels are 0 to 9", severity=labels,
-            meta={"reason": "its label is none of 0 to 9"},
+            column="label", value_set=known, notes=f"labels are {data.labels}", severity=labels,
+            meta={"reason": f"its label is none of 0 to {known[-1]}"},
         ),
         gxe.ExpectColumnDistinctValuesToContainSet(
-            column="label", value_set=_DIGITS, notes="every digit occurs", severity=labels
+            column="label", value_set=known, notes="every class occurs", severity=labels
         ),
         *_both_limits(
             gxe.ExpectColumnMeanToBeBetween,
             "doubtful",
             params.doubtful_labels,
             "labels are what the other images speak for",
-            reason="looks like {likely}",
+            reason="looks like {looks_like}",
         ),
         *_both_limits(
             gxe.ExpectColumnMeanToBeBetween,

@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from digits.contract import CLASS_COUNT
-from training.params import FeatureBounds, FeatureName, ValidateParams
+from training.data import SPLITS
+from training.params import FeatureBounds, FeatureName, Params
 from training.validation.drift import compare
 from training.validation.features import measure
 from training.validation.labels import DOUBTFUL, Reading, read_labels
 from training.workspace import Split
 
 Frames = dict[str, pd.DataFrame]
-SPLITS = ("train", "test")
 AS_KNOWN = "as known"
 """The content of a file that has the SHA-256 it should have, or for which none is named."""
 
@@ -23,29 +22,31 @@ AS_KNOWN = "as known"
 def build_frames(
     splits: Mapping[str, Split],
     raw_dir: Path,
-    params: ValidateParams,
+    params: Params,
     advance: Callable[[int], None] = lambda _count: None,
 ) -> Frames:
     """The frames ``files``, ``train``, ``test``, ``classes`` and ``drift``.
 
     A split's rows hold, beside what ``features.measure`` gives: ``label``; ``same_as`` and ``same_as_train``, the first
     row with the very same pixels before it and in the training split (-1: none), and ``repeats`` and ``leaks``, 1 where
-    there is one; ``odd``, 1 where a feature is outside its bounds for one image; ``likely``, the digit that the other
-    images speak for, and ``contradicted`` and ``doubtful``, 1 where that is not the label, and clearly not.
+    there is one; ``odd``, 1 where a feature is outside its bounds for one image; ``likely``, the class that the other
+    images speak for, and ``looks_like``, its name; ``contradicted`` and ``doubtful``, 1 where that is not the label,
+    and clearly not.
 
     ``advance`` is told of images done, ``work(splits)`` in all.
     """
-    readings = read_labels(splits["train"], splits["test"], advance)
-    frames: Frames = {"files": _files(splits, raw_dir, params.sha256)}
+    classes, checks = params.data.classes, params.validate_
+    readings = read_labels(splits["train"], splits["test"], len(classes), advance)
+    frames: Frames = {"files": _files(splits, raw_dir, params)}
     for name in SPLITS:
         frame = measure(splits[name].images, advance)
         frame.insert(0, "label", splits[name].labels)
         frames[name] = frame.assign(
-            odd=_outside(frame, params.features), **_read_columns(readings[name], splits[name].labels)
+            odd=_outside(frame, checks.features), **_read_columns(readings[name], splits[name].labels, classes)
         )
     _find_repeats(frames)
-    frames["classes"] = _classes(splits)
-    frames["drift"] = compare(frames["train"], frames["test"])
+    frames["classes"] = _classes(splits, classes)
+    frames["drift"] = compare(frames["train"], frames["test"], classes)
     return frames
 
 
@@ -54,9 +55,10 @@ def work(splits: Mapping[str, Split]) -> int:
     return 2 * sum(len(split.labels) for split in splits.values())
 
 
-def _read_columns(reading: Reading, labels: np.ndarray) -> dict[str, np.ndarray]:
+def _read_columns(reading: Reading, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
     return {
         "likely": reading.likely,
+        "looks_like": np.array([*classes, ""], object)[reading.likely],  # the last where nothing can be said: -1
         "contradicted": ((reading.likely >= 0) & (reading.likely != labels)).astype(np.int64),
         "doubtful": (reading.doubt > DOUBTFUL).astype(np.int64),
     }
@@ -87,17 +89,17 @@ def _find_repeats(frames: Frames) -> None:
         frames[name]["leaks"] = (in_train >= 0).astype(np.int64)
 
 
-def _classes(splits: Mapping[str, Split]) -> pd.DataFrame:
+def _classes(splits: Mapping[str, Split], classes: tuple[str, ...]) -> pd.DataFrame:
     rows = []
     for name in SPLITS:
         labels = splits[name].labels
-        for digit in range(CLASS_COUNT):
-            count = int((labels == digit).sum())
+        for label, class_name in enumerate(classes):
+            count = int((labels == label).sum())
             rows.append(
                 {
-                    "name": f"{name} digit {digit}",
+                    "name": f"{name} class {class_name}",
                     "split": name,
-                    "digit": digit,
+                    "label": label,
                     "images": count,
                     "share": count / max(1, len(labels)),
                 }
@@ -105,27 +107,31 @@ def _classes(splits: Mapping[str, Split]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _files(splits: Mapping[str, Split], raw_dir: Path, sha256: Mapping[str, str]) -> pd.DataFrame:
+def _files(splits: Mapping[str, Split], raw_dir: Path, params: Params) -> pd.DataFrame:
+    """A row for each IDX file, or for each split's folder and each picture whose SHA-256 is named."""
+    sha256 = params.validate_.sha256
+    if params.data.format == "folder":
+        arrays: dict[str, np.ndarray | None] = {name: splits[name].images for name in SPLITS}
+        arrays |= dict.fromkeys(sha256)
+    else:
+        arrays = {
+            f"{prefix}-{kind}-ubyte": array
+            for name, prefix in (("train", "train"), ("test", "t10k"))
+            for kind, array in (("images-idx3", splits[name].images), ("labels-idx1", splits[name].labels))
+        }
     rows = []
-    for name, prefix in (("train", "train"), ("test", "t10k")):
-        for kind, array in (("images-idx3", splits[name].images), ("labels-idx1", splits[name].labels)):
-            path = raw_dir / f"{prefix}-{kind}-ubyte"
-            rows.append(
-                {
-                    "name": path.name,
-                    "content": _compare_sha256(path, sha256),
-                    "height": array.shape[1] if array.ndim == 3 else None,
-                    "width": array.shape[2] if array.ndim == 3 else None,
-                }
-            )
+    for name, array in arrays.items():
+        height, width = array.shape[1:] if array is not None and array.ndim == 3 else (None, None)
+        content = _compare_sha256(raw_dir / name, sha256.get(name))
+        rows.append({"name": name, "content": content, "height": height, "width": width})
     return pd.DataFrame(rows)
 
 
-def _compare_sha256(path: Path, known: Mapping[str, str]) -> str:
-    if path.name not in known:
+def _compare_sha256(path: Path, known: str | None) -> str:
+    if known is None:
         return AS_KNOWN
+    if not path.is_file():
+        return "missing"
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found == known[path.name]:
-        return AS_KNOWN
-    return f"SHA-256 {found[:12]}… instead of {known[path.name][:12]}…"
+    return AS_KNOWN if found == known else f"SHA-256 {found[:12]}… instead of {known[:12]}…"

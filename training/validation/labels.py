@@ -1,7 +1,7 @@
 """Do the labels fit the pictures? Each is compared with what the other images say.
 
 A quadratic classifier (the pairwise products of an image's leading principal components, fitted by ridge regression to
-the ten digits; LeCun et al. 1998, section "Principal Component Analysis (PCA) and Polynomial Classifier", 3.3 % error)
+the classes; LeCun et al. 1998, section "Principal Component Analysis (PCA) and Polynomial Classifier", 3.3 % error)
 reads each image without having seen it: training images by cross-validation, test images after fitting on training
 images only. It learns a few of the labels wrong or not, which hardly moves it: a label that it contradicts with a wide
 margin is doubtful, as in confident learning (Northcutt et al. 2021).
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from digits.contract import CLASS_COUNT, IMAGE_HEIGHT, IMAGE_WIDTH
+from digits.contract import IMAGE_HEIGHT, IMAGE_WIDTH
 from training.workspace import Split
 
 FITTED_IMAGES = 20_000
@@ -20,7 +20,7 @@ FITTED_IMAGES = 20_000
 FEWEST_IMAGES = 200
 """With fewer to fit on, nothing can be said."""
 DOUBTFUL = 0.5
-"""A label with more doubt is doubtful: the scores are fitted to 1 for the digit and 0 for the others."""
+"""A label with more doubt is doubtful: the scores are fitted to 1 for the class and 0 for the others."""
 
 _FOLDS = 5
 _MOST_COMPONENTS = 30
@@ -34,25 +34,27 @@ class Reading:
     """What the classifier says of N images."""
 
     likely: np.ndarray
-    """int64 (N,): the digit it reads; -1 where nothing can be said."""
+    """int64 (N,): the class it reads; -1 where nothing can be said."""
     doubt: np.ndarray
-    """float64 (N,): the score of the best other digit less that of the label, about -1 to 1; 0 where unknown."""
+    """float64 (N,): the score of the best other class less that of the label, about -1 to 1; 0 where unknown."""
 
 
-def read_labels(train: Split, test: Split, advance: Callable[[int], None] = lambda _count: None) -> dict[str, Reading]:
+def read_labels(
+    train: Split, test: Split, class_count: int, advance: Callable[[int], None] = lambda _count: None
+) -> dict[str, Reading]:
     """What the training images say of all images, ``train`` and ``test``.
 
-    Labels that are no digit are left out of the fit and not judged. ``advance`` is told the number of images read.
+    Labels that are of no class are left out of the fit and not judged. ``advance`` is told the number of images read.
     """
     images, labels = train.images, train.labels
-    known = np.flatnonzero((labels >= 0) & (labels < CLASS_COUNT))
+    known = np.flatnonzero((labels >= 0) & (labels < class_count))
     fitted = known[:: -(-len(known) // FITTED_IMAGES) or 1]
     if len(fitted) < FEWEST_IMAGES:
         return {"train": _unread(len(labels)), "test": _unread(len(test.labels))}
     terms = _Terms(images[fitted])
     folds = np.arange(len(labels)) % _FOLDS
     folds[fitted] = np.arange(len(fitted)) % _FOLDS  # whatever their spacing, no fold has more than its share
-    by_fold, everything = _fit(terms, images, labels, fitted, folds)
+    by_fold, everything = _fit(terms, images, labels, class_count, fitted, folds)
     return {
         "train": _judge(terms, train, by_fold, folds, advance),
         "test": _judge(terms, test, everything[None], np.zeros(len(test.labels), np.int64), advance),
@@ -95,13 +97,13 @@ def _pool(images: np.ndarray) -> np.ndarray:
 
 
 def _fit(
-    terms: _Terms, images: np.ndarray, labels: np.ndarray, fitted: np.ndarray, folds: np.ndarray
+    terms: _Terms, images: np.ndarray, labels: np.ndarray, class_count: int, fitted: np.ndarray, folds: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (folds, terms, 10), each fitted without the rows of its fold, and weights (terms, 10) of all rows."""
+    """Weights (folds, terms, C), each fitted without the rows of its fold, and weights (terms, C) of all rows."""
     squares = np.zeros((_FOLDS, terms.count, terms.count))
-    products = np.zeros((_FOLDS, terms.count, CLASS_COUNT))
+    products = np.zeros((_FOLDS, terms.count, class_count))
     for rows in _chunks(fitted):
-        values, truth = terms(images[rows]), np.eye(CLASS_COUNT, dtype=np.float32)[labels[rows]]
+        values, truth = terms(images[rows]), np.eye(class_count, dtype=np.float32)[labels[rows]]
         for fold in range(_FOLDS):
             inside = folds[rows] == fold
             squares[fold] += values[inside].T @ values[inside]
@@ -125,7 +127,7 @@ def _judge(
     doubt = np.zeros(len(split.labels))
     for rows in _chunks(np.arange(len(split.labels))):
         values = terms(split.images[rows])
-        scores = np.empty((len(rows), CLASS_COUNT), np.float32)
+        scores = np.empty((len(rows), weights.shape[2]), np.float32)
         for fold, fold_weights in enumerate(weights):
             inside = folds[rows] == fold
             scores[inside] = values[inside] @ fold_weights
@@ -136,7 +138,7 @@ def _judge(
 
 
 def _margin_against(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    rows = np.flatnonzero((labels >= 0) & (labels < CLASS_COUNT))
+    rows = np.flatnonzero((labels >= 0) & (labels < scores.shape[1]))
     margin = np.zeros(len(labels))
     own = scores[rows, labels[rows]].copy()
     others = scores[rows]

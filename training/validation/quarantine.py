@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
+from training.data import SPLITS
 from training.validation.expectations import Offence
-from training.validation.frames import SPLITS, Frames
+from training.validation.frames import Frames
 from training.workspace import Split, whole_file
 
 SHEET_IMAGES = 120

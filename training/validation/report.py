@@ -6,9 +6,10 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
+from training.data import SPLITS
 from training.validation.expectations import Finding, Results
 from training.validation.features import FEATURES
-from training.validation.frames import SPLITS, Frames
+from training.validation.frames import Frames
 
 _VERDICTS = {
     "passed": "✓ passed",
@@ -18,17 +19,19 @@ _VERDICTS = {
 _MARKS = {"stop": "✗ stop", "warn": "⚠ warn"}
 
 
-def build_report(frames: Frames, results: Results, listed: pd.DataFrame, shown: pd.DataFrame) -> dict[str, Any]:
+def build_report(
+    frames: Frames, results: Results, classes: tuple[str, ...], listed: pd.DataFrame, shown: pd.DataFrame
+) -> dict[str, Any]:
     """What report.json holds.
 
     Returns:
         ``verdict`` (passed, warned or stopped) and ``valid`` (not stopped); ``findings``, one an expectation;
         ``features``, by name: mean, standard deviation and range in each split, Cohen's d and population stability
-        index of test against train; ``labels`` and ``by_digit`` of each split; ``quarantine``: how many rows are
-        listed, how many of each split, and those of ``shown``.
+        index of test against train; ``labels`` and ``by_class`` of each split, and the names of the ``classes``;
+        ``quarantine``: how many rows are listed, how many of each split, and those of ``shown``.
     """
     return {
-        "schema": 2,
+        "schema": 3,
         "verdict": results.verdict,
         "valid": results.verdict != "stopped",
         "images": {name: len(frames[name]) for name in SPLITS},
@@ -38,7 +41,8 @@ def build_report(frames: Frames, results: Results, listed: pd.DataFrame, shown: 
             name: {f"{mark}_share": _share(frames[name][mark]) for mark in ("doubtful", "contradicted")}
             for name in SPLITS
         },
-        "by_digit": {
+        "classes": list(classes),
+        "by_class": {
             name: frames["classes"].loc[frames["classes"]["split"] == name, "images"].tolist() for name in SPLITS
         },
         "quarantine": {
@@ -130,9 +134,9 @@ def _label_lines(report: dict[str, Any]) -> list[str]:
         f"not seen them, {labels['doubtful_share']:.2%} clearly so."
         for name, labels in report["labels"].items()
     ]
-    digits = range(len(report["by_digit"]["train"]))
-    rows = [(name, *(f"{count:,}" for count in counts)) for name, counts in report["by_digit"].items()]
-    return [*lines, "", *_table(("images of", *map(str, digits)), rows)]
+    counts = report["by_class"]
+    rows = [(name, *(f"{counts[split][k]:,}" for split in SPLITS)) for k, name in enumerate(report["classes"])]
+    return [*lines, "", *_table(("images of", *SPLITS), rows)]
 
 
 def _feature_lines(features: dict[str, Any]) -> list[str]:

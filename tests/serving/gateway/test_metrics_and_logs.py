@@ -79,7 +79,7 @@ def test_model_versions_are_bounded() -> None:
     """A process that outlives many releases does not gather series for ever."""
     metrics = Metrics()
     for version in range(MAX_VERSIONS + 10):
-        metrics.predictions(np.array([1]), np.array([0.9], np.float32), str(version))
+        metrics.predictions(np.array([1]), np.array([0.9], np.float32), str(version), 10)
     value = metrics.registry.get_sample_value
     assert value("digits_predictions_total", {"digit": "1", "model_version": "other"}) == 10
 

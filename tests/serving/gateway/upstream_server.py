@@ -15,11 +15,11 @@ import numpy as np
 from serving.protos import upstream_pb2 as pb
 
 
-def expected_probabilities(images_u8: np.ndarray) -> np.ndarray:
-    """uint8 (N, 784) → float32 (N, 10)."""
+def expected_probabilities(images_u8: np.ndarray, classes: int = 10) -> np.ndarray:
+    """uint8 (N, 784) → float32 (N, classes)."""
     confidence = (images_u8[:, 1].astype(np.float32) + 1) / 512 + 0.5
-    rows = np.repeat(((1 - confidence) / 9)[:, None], 10, axis=1).astype(np.float32)
-    rows[np.arange(len(rows)), images_u8[:, 0] % 10] = confidence
+    rows = np.repeat(((1 - confidence) / (classes - 1))[:, None], classes, axis=1).astype(np.float32)
+    rows[np.arange(len(rows)), images_u8[:, 0] % classes] = confidence
     return rows
 
 
@@ -35,6 +35,8 @@ class Behaviour:
     labels: dict[str, int] = field(default_factory=lambda: {"stable": 3})  # what else is asked by label is unknown
     newest: int = 0  # a second version, which answers requests that name none
     broken_version: int = 0  # the status tells of one more, which failed to load
+    classes: tuple[str, ...] = tuple("0123456789")
+    tells_classes: bool = True  # in the metadata
     spoil: Any = None  # (PredictResponse) -> bytes
     hold: asyncio.Event | None = None  # calls wait for it
     batches: list[int] = field(default_factory=list)
@@ -95,6 +97,8 @@ class TestUpstream:
 
     async def _predict(self, request: pb.PredictRequest, context: Any) -> bytes:
         behaviour = self.behaviour
+        if request.model_spec.signature_name == "classes":
+            return await self._names(request, context)
         tensor = request.inputs["images"]
         shape = [dim.size for dim in tensor.tensor_shape.dim]
         assert tensor.dtype == pb.DT_UINT8
@@ -122,13 +126,20 @@ class TestUpstream:
         outputs = answer.outputs["probabilities"]
         outputs.dtype = pb.DT_FLOAT
         outputs.tensor_shape.dim.add(size=shape[0])
-        outputs.tensor_shape.dim.add(size=10)
-        values = expected_probabilities(images_u8).tobytes()
+        outputs.tensor_shape.dim.add(size=len(behaviour.classes))
+        values = expected_probabilities(images_u8, len(behaviour.classes)).tobytes()
         if behaviour.as_content:
             outputs.tensor_content = values
         else:
             outputs.float_val = values
         return behaviour.spoil(answer) if behaviour.spoil else answer.SerializeToString()
+
+    async def _names(self, request: pb.PredictRequest, context: Any) -> bytes:
+        await self._check_version(request.model_spec, context)
+        asked = np.frombuffer(request.inputs["digit"].tensor_content, "<i8")
+        names = [self.behaviour.classes[digit].encode() for digit in asked]
+        answer = pb.PredictResponseOfStrings(outputs={"name": pb.TensorProtoOfStrings(string_val=names)})
+        return answer.SerializeToString()
 
     async def _status(self, request: pb.GetModelStatusRequest, context: Any) -> pb.GetModelStatusResponse:
         if request.model_spec.name != "digits":
@@ -155,6 +166,12 @@ class TestUpstream:
         images.name, images.dtype = "serving_default_images:0", pb.DT_UINT8
         for size in (-1, 28, 28):
             images.tensor_shape.dim.add(size=size)
+        if self.behaviour.tells_classes:
+            probabilities = signature.outputs["probabilities"]
+            probabilities.name, probabilities.dtype = "StatefulPartitionedCall:1", pb.DT_FLOAT
+            for size in (-1, len(self.behaviour.classes)):
+                probabilities.tensor_shape.dim.add(size=size)
+            signatures.signature_def["classes"].method_name = "tensorflow/serving/predict"
         answer.metadata["signature_def"].type_url = "type.googleapis.com/tensorflow.serving.SignatureDefMap"
         answer.metadata["signature_def"].value = signatures.SerializeToString()
         return answer
