@@ -304,7 +304,7 @@ function showAnswer(body, elapsed, source) {
   answer.dataset.state = "read";
   answer.toggleAttribute("data-doubt", doubt);
   $("digit").textContent = digit;
-  const named = (k) => `${k === 8 ? "an" : "a"} ${k}`;
+  const named = (k) => body.label === undefined ? `${k === 8 ? "an" : "a"} ${k}` : k === digit ? body.label : `class ${k}`;
   $("words").textContent = `${doubt ? "Perhaps" : confidence < 0.95 ? "Probably" : "It is"} ${named(digit)}`;
   $("sure").textContent = `${percent(confidence)} sure` + (doubt ? `; it could also be ${named(second[1])} (${percent(second[0])})` : "");
   $("version").textContent = body.model_version ?? "–";

@@ -87,7 +87,7 @@ def test_model_versions_are_bounded() -> None:
 def test_confidence_is_counted_in_its_bucket() -> None:
     """A value on a bound belongs to the bucket below it, as Prometheus has it."""
     metrics = Metrics()
-    metrics.predictions(np.array([1, 2, 3]), np.array([0.5, 0.55, 1.0], np.float32), "3")
+    metrics.predictions(np.array([1, 2, 3]), np.array([0.5, 0.55, 1.0], np.float32), "3", 10)
     value = metrics.registry.get_sample_value
     name = "digits_prediction_confidence_bucket"
     counts = [value(name, {"le": le, "model_version": "3"}) for le in ("0.4", "0.5", "0.6", "0.999", "1.0", "+Inf")]
