@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from digits.errors import DigitsError
-from training.params import Params, load_params
+from training.params import Params, change_params, load_params
 from training.workspace import Workspace, import_tensorflow_quietly
 
 app = typer.Typer(
@@ -88,6 +88,44 @@ def _export(context: typer.Context) -> None:
     from training.export import export
 
     _run(context, export)
+
+
+@app.command(name="search")
+def _search(
+    context: typer.Context,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Trials to finish in all; search.trials of params.yaml if not given.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Begin no trial after so many; those under way are finished.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Trials trained at the same time, each on its share of the cores.")
+    ] = 1,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of each trial; search.epochs of params.yaml if not given.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=10, help="Training images of each trial; search.images if not given.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="The search to begin or go on with: run/search/NAME.")] = "default",
+) -> None:
+    """Search for better parameters: try many values of `search.space`, on the validation split only.
+
+    Ctrl-C stops it at any time and keeps what was found; the same command goes on. What came of it lies in
+    `run/search/NAME/`: the best values for params.yaml, a table of all trials, and pictures of what mattered.
+    """
+    from training.search.search import search
+
+    workspace: Workspace = context.obj
+    given = {"trials": trials, "epochs": epochs, "images": images}
+    params = change_params(
+        load_params(workspace.params_file),
+        {f"search.{key}": value for key, value in given.items() if value is not None},
+    )
+    ended = search(workspace, params, _console(), name=name, workers=workers, minutes=minutes)
+    if not ended:
+        raise typer.Exit(130)
 
 
 @app.command(name="verify")

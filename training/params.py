@@ -1,9 +1,19 @@
 """What `params.yaml` may say. Every key is known and checked; an unknown or contradictory one is refused by name."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -241,6 +251,38 @@ class ExportParams(_Section):
     warmup_batch_sizes: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(min_length=1)
 
 
+class SearchRange(_Section):
+    """Numbers from ``low`` to ``high``: whole ones where the parameter itself is a whole number."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> Self:
+        if not self.low < self.high:
+            raise _contradiction("low", self.low, f"below high, which is {self.high}")
+        if self.log and self.low <= 0:
+            raise _contradiction("low", self.low, "above 0 on a logarithmic scale")
+        return self
+
+
+class SearchParams(_Section):
+    """What `python -m training search` tries, and how much of it."""
+
+    trials: int = Field(ge=1)
+    epochs: int = Field(ge=1)
+    images: int = Field(ge=10)
+    space: dict[
+        str,
+        Annotated[
+            Annotated[SearchRange, Tag("range")] | Annotated[Annotated[list[Any], Field(min_length=2)], Tag("choices")],
+            Discriminator(lambda came: "range" if isinstance(came, (dict, SearchRange)) else "choices"),
+        ],
+    ] = Field(min_length=1)
+    """Dotted key of `train`, `model` or `augment` -> a range, or a list of what to choose from."""
+
+
 class Params(_Section):
     """The whole of params.yaml, with the chosen profile applied."""
 
@@ -255,6 +297,7 @@ class Params(_Section):
     evaluate: EvaluateParams
     gate: GateParams
     export: ExportParams
+    search: SearchParams
     profiles: dict[str, dict[Literal["model", "train", "augment"], dict[str, Any]]]
 
     @model_validator(mode="after")
@@ -288,6 +331,27 @@ def load_params(path: Path) -> Params:
     except ValidationError as err:
         problems = "; ".join(_describe(e) for e in err.errors())
         raise BadParams(f"{path}: {problems}") from err
+
+
+def change_params(params: Params, changes: Mapping[str, Any]) -> Params:
+    """Params with the values of some dotted keys (``train.learning_rate``) replaced, checked as those in the file are.
+
+    Raises:
+        BadParams: naming the key, the value that came and what is allowed.
+    """
+    changed = params.model_dump(by_alias=True)
+    for key, value in changes.items():
+        section = changed
+        *sections, leaf = key.split(".")
+        for name in sections:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise BadParams(f"{key} is not a known key: {name} is no section of params.yaml")
+        section[leaf] = value
+    try:
+        return Params.model_validate(changed)
+    except ValidationError as err:
+        raise BadParams("; ".join(_describe(e) for e in err.errors())) from err
 
 
 def _apply_profile(raw: dict[str, Any]) -> dict[str, Any]:
@@ -338,14 +402,21 @@ def _describe(error: Any) -> str:
 
 def _siblings(location: tuple[Any, ...]) -> list[str]:
     """The keys that are known where an unknown one stood."""
-    section: Any = Params
+    section: type[BaseModel] = Params
     for part in location[:-1]:
         fields = {f.alias or name: f for name, f in section.model_fields.items()}
-        field = fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
-            return []
-        section = field.annotation
+        if part in fields:  # else a key of a mapping: its values are the section
+            inner = _sections_in(fields[part].annotation)
+            if not inner:
+                return []
+            section = inner[0]
     return _allowed_keys(section)
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]
 
 
 def _allowed_keys(section: type[BaseModel]) -> list[str]:
