@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="""The stages that make a model out of the raw data, in this order:
-    **validate → prepare → train → evaluate → gate → export**.
+    **validate → prepare → train → twin → evaluate → gate → export**.
 
     Each reads `params.yaml` and the stages before it, and writes only below `artifacts/STAGE/`. Usually you do not run
     them one by one: `dvc repro` runs whichever are out of date, `dvc metrics show` and `dvc plots show` tell what came
@@ -64,9 +64,18 @@ def _train(context: typer.Context) -> None:
     _run(context, train)
 
 
+@app.command(name="twin")
+def _twin(context: typer.Context) -> None:
+    """Fit the same network once more, without augmentation, for the evaluation to compare with."""
+    import_tensorflow_quietly()
+    from training.twin import twin
+
+    _run(context, twin)
+
+
 @app.command(name="evaluate")
 def _evaluate(context: typer.Context) -> None:
-    """Measure the trained model on the test split; draw its mistakes."""
+    """Measure the trained model on the test split, whole and damaged; draw its mistakes."""
     import_tensorflow_quietly()
     from training.evaluate import evaluate
 

@@ -1,4 +1,7 @@
-"""Measure the candidate on the test split, once: figures with their uncertainty, and pictures of what went wrong."""
+"""Measure the candidate on the test split, once: figures with their uncertainty, and pictures of what went wrong.
+
+Each look at the test split is recorded (training/looks.py), and nothing is chosen by what is seen here.
+"""
 
 import csv
 from pathlib import Path
@@ -8,11 +11,15 @@ import numpy as np
 from rich.console import Console
 
 from training.calibrate import selective_curve
-from training.model import load_model, model_sha256, predict_probabilities
+from training.intervals import wilson_interval
+from training.looks import CANDIDATE, record_look
+from training.model import build_predict, load_model, model_sha256
 from training.params import Params
 from training.plots import draw_confusion, draw_mistakes, draw_reliability, draw_selective
-from training.report import write_report
-from training.workspace import BadArtifact, Workspace, load_split, read_json, whole_file, write_json
+from training.report import Findings, write_report
+from training.robustness.measure import Robustness, evenly_spaced, measure_robustness
+from training.robustness.plots import draw_corruption_curves, draw_corruption_samples, draw_nondigits
+from training.workspace import BadArtifact, Split, Workspace, load_split, read_json, whole_file, write_json
 
 
 def evaluate(workspace: Workspace, params: Params, console: Console) -> None:
@@ -30,42 +37,77 @@ def evaluate(workspace: Workspace, params: Params, console: Console) -> None:
         raise BadArtifact(
             "artifacts/prepare/test.npz is not the test split that was sealed: run `dvc repro -f prepare`"
         )
-    model = load_model(workspace.artifact("train", "model.keras"))
-    probabilities = predict_probabilities(model, test.images)
+    model, twin = (load_model(workspace.artifact(stage, "model.keras")) for stage in ("train", "twin"))
+    sha256, answer = model_sha256(model), build_predict(model)
+    record_look(workspace, model_sha256(twin), sealed, len(test.labels), "twin")
+    look = record_look(workspace, sha256, sealed, len(test.labels), CANDIDATE)
+    probabilities = answer(test.images)
     metrics = measure(probabilities, test.labels, params.evaluate.reliability_bins)
-    metrics.update(measure_abstention(probabilities, test.labels, float(model.get_layer("calibration").abstain_below)))
+    abstain_below = float(model.get_layer("calibration").abstain_below)
+    metrics.update(measure_abstention(probabilities, test.labels, abstain_below))
     bins, classes = metrics.pop("reliability"), metrics.pop("classes")
-    predicted = probabilities.argmax(axis=1)
+    sample = evenly_spaced(test, params.evaluate.robustness_images)
+    robustness = measure_robustness(
+        answer, build_predict(twin), sample, abstain_below, params.evaluate.nondigit_images, console
+    )
+    metrics = {"schema": 1, "model_sha256": sha256, "test_sha256": sealed, **metrics, **robustness.figures}
 
     out = workspace.stage_dir("evaluate")
     with whole_file(out / "predictions.npz") as part:
         np.savez(part, probabilities=probabilities, labels=test.labels)
     names = params.data.classes
     classes = [{**row, "digit": names[row["digit"]]} for row in classes]
+    predicted = probabilities.argmax(axis=1)
     answers = zip(test.labels.tolist(), predicted.tolist(), strict=True)
     rows = [{"actual": names[actual], "predicted": names[read]} for actual, read in answers]
     _write_csv(out / "confusion.csv", rows)
     _write_csv(out / "classes.csv", classes)
     _write_csv(out / "reliability.csv", bins)
+    _write_csv(out / "corruptions.csv", robustness.corruptions)
+    _write_csv(out / "variants.csv", robustness.variants)
+    _write_csv(out / "nondigits.csv", robustness.nondigits)
+    headline = _draw(out, test, probabilities, names, metrics, bins, params.evaluate.gallery_images)
+    _draw_robustness(out, sample, robustness, names)
+    training = read_json(workspace.artifact("train", "training.json"))
+    twin_training = read_json(workspace.artifact("twin", "twin.json"))
+    write_report(out, Findings(metrics, classes, names, test, probabilities, robustness, look, training, twin_training))
+    write_json(out / "metrics.json", metrics)
+    console.print(
+        f"test accuracy {headline}; macro F1 {metrics['macro_f1']:.4f}, ECE {metrics['ece']:.4f}; "
+        f"candidates measured on these images so far: {look.candidates}\n"
+        f"damaged images {metrics['corruption_accuracy']:.1%} right (its twin without augmentation "
+        f"{metrics['corruption_accuracy_twin']:.1%}); abstains on {metrics['nondigit_abstention']:.1%} of non-digits"
+    )
 
+
+def _draw(
+    out: Path,
+    test: Split,
+    probabilities: np.ndarray,
+    names: tuple[str, ...],
+    metrics: dict[str, Any],
+    bins: list[dict[str, float]],
+    gallery_images: int,
+) -> str:
+    """The pictures of the answers; the headline above them."""
     count, errors = metrics["test_images"], metrics["errors"]
     interval = f"{metrics['accuracy_low']:.2%} to {metrics['accuracy_high']:.2%}"
     headline = f"{metrics['accuracy']:.2%} right (95 % interval {interval}, n = {count:,})"
-    draw_confusion(
-        out / "confusion.png", confusion_matrix(test.labels, predicted, len(names)), names, f"Test images: {headline}"
-    )
-    shown = min(errors, params.evaluate.gallery_images)
-    title = f"{errors} of {count:,} test images misread; the {shown} surest mistakes, with confidence and index"
-    draw_mistakes(
-        out / "mistakes.png", test.images, test.labels, probabilities, names, params.evaluate.gallery_images, title
-    )
+    confusion = confusion_matrix(test.labels, probabilities.argmax(axis=1), len(names))
+    draw_confusion(out / "confusion.png", confusion, names, f"Test images: {headline}")
+    title = f"{errors} of {count:,} test images misread; the {min(errors, gallery_images)} surest mistakes, "
+    title += "with confidence and index"
+    draw_mistakes(out / "mistakes.png", test.images, test.labels, probabilities, names, gallery_images, title)
     draw_reliability(out / "reliability.png", bins, metrics["ece"], count)
     coverage, accuracy = selective_curve(probabilities, test.labels)
     draw_selective(out / "selective.png", coverage, accuracy, metrics["coverage"])
-    metrics = {"schema": 1, "model_sha256": model_sha256(model), "test_sha256": sealed, **metrics}
-    write_report(out, metrics, classes, names, test, probabilities)
-    write_json(out / "metrics.json", metrics)
-    console.print(f"test accuracy {headline}; macro F1 {metrics['macro_f1']:.4f}, ECE {metrics['ece']:.4f}")
+    return headline
+
+
+def _draw_robustness(out: Path, sample: Split, robustness: Robustness, names: tuple[str, ...]) -> None:
+    draw_corruption_curves(out / "corruptions.png", robustness.corruptions, len(sample.labels))
+    draw_corruption_samples(out / "corruption_samples.png", sample.images)
+    draw_nondigits(out / "nondigits.png", robustness, names)
 
 
 def measure(probabilities: np.ndarray, labels: np.ndarray, bin_count: int) -> dict[str, Any]:
@@ -144,17 +186,6 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, class_count: int
     """Counts (C, C): row = true class, column = predicted class."""
     counts = np.bincount(labels * class_count + predicted, minlength=class_count**2)
     return counts.reshape(class_count, class_count)
-
-
-def wilson_interval(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927); it stays within 0..1 even when all are right."""
-    if count == 0:
-        return 0.0, 1.0
-    share = right / count
-    centre = share + z * z / (2 * count)
-    spread = z * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, float((centre - spread) / scale)), min(1.0, float((centre + spread) / scale))
 
 
 def reliability_bins(probabilities: np.ndarray, labels: np.ndarray, bin_count: int) -> list[dict[str, float]]:

@@ -224,11 +224,21 @@ class AugmentParams(_Section):
         return not any((self.rotation_rad, self.scale, self.shear, self.shift_px, self.elastic_px))
 
 
+class TwinParams(_Section):
+    """The candidate's twin, fitted without augmentation."""
+
+    epochs: int = Field(ge=1)
+
+
 class EvaluateParams(_Section):
-    """What the pictures of the evaluation show."""
+    """How much is measured, and what the pictures show."""
 
     reliability_bins: int = Field(ge=2, le=100)
     gallery_images: int = Field(ge=1, le=200)
+    robustness_images: int = Field(ge=2)
+    """Test images that are damaged and moved; all, if there are fewer."""
+    nondigit_images: int = Field(ge=16)
+    """Drawn of each kind, at least."""
 
 
 class GateParams(_Section):
@@ -294,6 +304,7 @@ class Params(_Section):
     model: ModelParams
     train: TrainParams
     augment: AugmentParams
+    twin: TwinParams
     evaluate: EvaluateParams
     gate: GateParams
     export: ExportParams

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from training.looks import Look
+from training.robustness.measure import Robustness
+from training.robustness.nondigits import LETTERS
 from training.workspace import Split, whole_file
 
 MOST_MISTAKES = 400
@@ -21,35 +25,75 @@ _PICTURES = (
 )
 
 
-def write_report(
-    out: Path,
-    metrics: dict[str, Any],
-    classes: list[dict[str, Any]],
-    names: tuple[str, ...],
-    test: Split,
-    probabilities: np.ndarray,
-) -> None:
-    """Write ``report.html`` into the evaluate stage's folder, from its figures and pictures.
+@dataclass(frozen=True)
+class Findings:
+    """All that the evaluation found."""
 
-    Args:
-        out: the folder; the pictures are there already.
-        metrics: as in metrics.json.
-        classes: a row a class, as in classes.csv.
-        names: what the C classes are called.
-        test: the images (N, 28, 28) and their classes.
-        probabilities: the answers, float (N, C).
-    """
+    metrics: dict[str, Any]
+    """As in metrics.json."""
+    classes: list[dict[str, Any]]
+    """A row a class, as in classes.csv."""
+    names: tuple[str, ...]
+    """What the classes are called."""
+    test: Split
+    probabilities: np.ndarray
+    """The answers, float (N, classes)."""
+    robustness: Robustness
+    look: Look
+    training: dict[str, Any]
+    """As in training.json."""
+    twin_training: dict[str, Any]
+    """As in twin.json."""
+
+
+def write_report(out: Path, findings: Findings) -> None:
+    """Write ``report.html`` into the evaluate stage's folder ``out``, where the pictures are already."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     page = environment.get_template("report.html.j2").render(
-        metrics=metrics,
-        classes=classes,
+        metrics=findings.metrics,
+        classes=findings.classes,
         pictures=[(_data_uri((out / name).read_bytes()), text) for name, text in _PICTURES],
-        mistakes=_mistakes(test, probabilities, names),
+        mistakes=_mistakes(findings.test, findings.probabilities, findings.names),
+        intervals=findings.robustness.intervals,
+        corruptions=_by_corruption(findings.robustness.corruptions),
+        variants=_by_group(findings.robustness.variants),
+        nondigits=findings.robustness.nondigits,
+        letters=" ".join(LETTERS),
+        robustness_pictures={
+            name: _data_uri((out / f"{name}.png").read_bytes())
+            for name in ("corruptions", "corruption_samples", "nondigits")
+        },
+        look=findings.look,
+        training=findings.training,
+        twin=findings.twin_training,
     )
     with whole_file(out / "report.html") as part:
         part.write_text(page, encoding="utf-8")
+
+
+def _by_corruption(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each corruption, by strength."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(row["corruption"].replace("_", " "), []).append(row)
+    return kinds
+
+
+def _by_group(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means over the variants of a group, and the accuracy of the worst of them."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    return {
+        group: {
+            "variants": len(members),
+            "least": min(row["accuracy"] for row in members),
+            **{name: float(np.mean([row[name] for row in members])) for name in ("same_answer", "accuracy_twin")},
+        }
+        for group, members in groups.items()
+    }
 
 
 def _mistakes(test: Split, probabilities: np.ndarray, names: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import yaml
 
 from tests.conftest import clean_environment, copy_checkout, running_below
 
-STAGES = ["validate", "prepare", "train", "evaluate", "gate", "export"]
+STAGES = ["validate", "prepare", "train", "twin", "evaluate", "gate", "export"]
 PNG_MAGIC = b"\x89PNG"
 
 
@@ -58,6 +58,8 @@ def small(raw_data: Path, tmp_path: Path) -> Path:
     params["prepare"].update(validation_images=500)
     params["model"].update(hidden_widths=[128])
     params["train"].update(epochs=3, batch_size=100)
+    params["twin"].update(epochs=1)
+    params["evaluate"].update(robustness_images=50, nondigit_images=16)
     params["gate"].update(min_accuracy=0.8, min_macro_f1=0.8, min_class_recall=0.5, max_ece=0.5)
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "data"], cwd=root, env=environment(), check=True)

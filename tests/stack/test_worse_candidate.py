@@ -25,7 +25,7 @@ def test_a_worse_candidate_is_rejected_and_the_served_version_stays(stack: Stack
     for limits in ("doubtful_labels", "contradicted_labels"):
         params["validate"][limits] = {"warn": 1, "stop": 1}
     params["validate"]["drift"] = {"warn": 100, "stop": 100}
-    params["train"]["epochs"] = 1
+    params["train"]["epochs"] = params["twin"]["epochs"] = 1
     params_file.write_text(yaml.safe_dump(params))
     dvc_add = [sys.executable, "-m", "dvc", "add", "-q", "data"]
     subprocess.run(dvc_add, cwd=stack.root, env=stack.environment, check=True)

@@ -35,7 +35,7 @@ def imported_files(path: Path) -> set[str]:
 
 
 def test_the_stages_are_in_their_order() -> None:
-    assert list(STAGES) == ["validate", "prepare", "train", "evaluate", "gate", "export"]
+    assert list(STAGES) == ["validate", "prepare", "train", "twin", "evaluate", "gate", "export"]
 
 
 @pytest.mark.parametrize("name", STAGES)

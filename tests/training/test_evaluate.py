@@ -66,7 +66,7 @@ def test_every_answer_falls_in_one_bin() -> None:
     [(9920, 10000, 0.99006, 0.99358), (10, 10, 0.72247, 1.0), (0, 10, 0.0, 0.27753), (0, 0, 0.0, 1.0)],
 )
 def test_the_wilson_interval_agrees_with_its_tables(right: int, count: int, low: float, high: float) -> None:
-    from training.evaluate import wilson_interval
+    from training.intervals import wilson_interval
 
     assert wilson_interval(right, count) == pytest.approx((low, high), abs=5e-5)
 

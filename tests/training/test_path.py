@@ -1,4 +1,4 @@
-"""From raw data to an exported model in small: prepare, train, evaluate, gate, export, verify."""
+"""From raw data to an exported model in small: prepare, train, twin, evaluate, gate, export, verify."""
 
 import io
 import json
@@ -44,8 +44,9 @@ def run_stages(workspace: Workspace, params: Params, *names: str) -> None:
     from training.gate import gate
     from training.prepare import prepare
     from training.train import train
+    from training.twin import twin
 
-    stages = {"prepare": prepare, "train": train, "evaluate": evaluate, "gate": gate, "export": export}
+    stages = {"prepare": prepare, "train": train, "twin": twin, "evaluate": evaluate, "gate": gate, "export": export}
     for name in names or stages:
         stages[name](workspace, params, QUIET)
 
@@ -143,6 +144,32 @@ def test_the_report_shows_every_mistake_and_stands_alone(done: Run) -> None:
     assert all(uri.startswith("data:image/png;base64,") for uri in re.findall(r'(?:src|href)="([^"]*)"', page))
 
 
+def test_the_report_tells_of_the_twin_and_of_the_looks(done: Run) -> None:
+    """How long each was trained, what each reads under damage, and that this is the first candidate measured."""
+    page = (done.workspace.root / "artifacts/evaluate/report.html").read_text()
+    metrics, twin = done.json("evaluate", "metrics.json"), done.json("twin", "twin.json")
+    assert twin["epochs"] == done.params.twin.epochs == 2
+    assert twin["model_sha256"] != metrics["model_sha256"]
+    for share in (metrics["corruption_accuracy"], metrics["corruption_accuracy_twin"], metrics["nondigit_abstention"]):
+        assert f"{100 * share:.1f} %" in page
+    assert "without augmentation for 2 epochs" in page
+    assert "this is the first candidate" in page
+    looks = [json.loads(line) for line in (done.workspace.root / "models/looks.jsonl").read_text().splitlines()]
+    assert [(look["why"], look["model_sha256"], look["test_images"]) for look in looks] == [
+        ("twin", twin["model_sha256"], 300),
+        ("candidate", metrics["model_sha256"], 300),
+    ]
+
+
+def test_the_twin_differs_in_augmentation_and_length_alone(done: Run) -> None:
+    from training.twin import plain
+
+    params = plain(done.params)
+    assert params.augment.is_off
+    assert params.train == done.params.train.model_copy(update={"epochs": 2})
+    assert (params.model, params.seed) == (done.params.model, done.params.seed)
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(done: Run) -> None:
     from training.model import model_sha256
     from training.train import fit
@@ -207,7 +234,7 @@ def test_a_candidate_trained_on_scrambled_labels_is_rejected_and_not_exported(
     shutil.copytree(done.saved_model, tmp_path / "models/digits/1")
     champion = {"version": 1, "model_sha256": done.json("train", "training.json")["model_sha256"]}
     workspace.champion_file.write_text(json.dumps({**champion, "path": "models/digits/1"}))
-    run_stages(workspace, params, "prepare", "train", "evaluate", "gate")
+    run_stages(workspace, params, "prepare", "train", "twin", "evaluate", "gate")
     decision = json.loads((tmp_path / "artifacts/gate/decision.json").read_text())
     assert decision["accepted"] is False
     failed = {check["name"] for check in decision["checks"] if not check["passed"]}
