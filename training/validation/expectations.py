@@ -19,6 +19,8 @@ from training.validation.features import FEATURES
 from training.validation.frames import AS_KNOWN, Frames
 
 _GX_SEVERITY = {"stop": "critical", "warn": "warning"}
+_MOST_VALUES = 12
+"""More allowed values are not listed one by one."""
 _SEVERITY = {gx: ours for ours, gx in _GX_SEVERITY.items()}
 
 
@@ -317,8 +319,9 @@ def _read_result(about: str, result: Any, frame: pd.DataFrame, rows: np.ndarray)
 
 def _expected(kwargs: dict[str, Any]) -> str:
     if "value_set" in kwargs:
-        allowed = ", ".join(map(str, kwargs["value_set"]))
-        return f"one of {allowed}" if len(kwargs["value_set"]) > 1 else allowed
+        values = [str(value) for value in kwargs["value_set"]]
+        allowed = ", ".join(values if len(values) <= _MOST_VALUES else [*values[:2], "…", values[-1]])
+        return f"one of {allowed}" if len(values) > 1 else allowed
     if "value" in kwargs:
         return f"{kwargs['value']:,}"
     return _span(kwargs.get("min_value"), kwargs.get("max_value"))
