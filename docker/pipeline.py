@@ -135,7 +135,7 @@ def make_secrets(files: list[str]) -> int:
 
 def bring_code() -> None:
     """Make the workspace's code that of the image. What was made in the workspace stays; so does an equal file."""
-    for package in ("digits", "training", "pipelines"):
+    for package in ("digits", "training", "pipelines", "serving"):
         wanted = {path.relative_to(CODE) for path in (CODE / package).rglob("*")}
         for path in sorted((PROJECT / package).rglob("*.py")):
             if path.relative_to(PROJECT) not in wanted:

@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="""The stages that make a model out of the raw data, in this order:
-    **validate → prepare → train → twin → evaluate → gate → export**.
+    **validate → prepare → train → twin → evaluate → probe → gate → export**.
 
     Each reads `params.yaml` and the stages before it, and writes only below `artifacts/STAGE/`. Usually you do not run
     them one by one: `dvc repro` runs whichever are out of date, `dvc metrics show` and `dvc plots show` tell what came
@@ -82,9 +82,17 @@ def _evaluate(context: typer.Context) -> None:
     _run(context, evaluate)
 
 
+@app.command(name="probe")
+def _probe(context: typer.Context) -> None:
+    """Serve the trained model for a moment: its size, load time and latency; does it answer as Keras does?"""
+    from training.probe import probe
+
+    _run(context, probe)
+
+
 @app.command(name="gate")
 def _gate(context: typer.Context) -> None:
-    """Decide whether the model may be published: floors, and the version published now. A rejection exits 0."""
+    """Decide whether the model may be published: limits, and the version published now. A rejection exits 0."""
     from training.gate import gate
 
     _run(context, gate)

@@ -120,6 +120,18 @@ def write_saved_model(
     Raises:
         NotTheSame: it differs by more than rounding.
     """
+    pack(folder, model, classes, golden, warmup_batch_sizes)
+    return verify(folder)
+
+
+def pack(
+    folder: Path,
+    model: keras.Model,
+    classes: tuple[str, ...],
+    golden: np.ndarray,
+    warmup_batch_sizes: tuple[int, ...],
+) -> None:
+    """Write a complete version folder: the SavedModel, golden answers of Keras, warm-up requests."""
     served = ServedPerceptron(model, classes)
     tf.saved_model.save(served, str(folder), signatures=served.signatures())
     extra = folder / "assets.extra"
@@ -128,7 +140,6 @@ def write_saved_model(
     expected = predict_probabilities(model, golden)
     np.savez_compressed(folder / GOLDEN_FILE, images=golden, probabilities=expected)
     _write_warmup(folder / contract.WARMUP_FILE, golden, warmup_batch_sizes)
-    return verify(folder)
 
 
 class ServedPerceptron(tf.Module):

@@ -1,4 +1,4 @@
-"""Is the candidate fit to be published? Floors from params.yaml, then a comparison with the version now published.
+"""Is the candidate fit to be published? Limits from params.yaml, then a comparison with the version now published.
 
 It fails closed: whatever cannot be read or computed is a failed check with its reason. Every check is recorded, so a
 rejection names all that is wrong and not only the first thing.
@@ -17,6 +17,7 @@ from rich.table import Table
 from digits.errors import DigitsError
 from training.paired import bootstrap_interval, mcnemar, pair
 from training.params import GateParams, Params
+from training.verify import GOLDEN_TOLERANCE, predict_saved_model, verify
 from training.workspace import (
     BadArtifact,
     Split,
@@ -87,6 +88,9 @@ def judge(workspace: Workspace, params: GateParams) -> Decision:
         answers = read_answers(workspace, candidate or {})
         count = len(answers.right)
         checks.append(Check("test_answers", True, count, None, f"one for each of the {count:,} sealed test images"))
+    with _failing_closed(checks, "probe", "how the candidate does once it is served is not known"):
+        probe = _without_nonfinite(read_json(workspace.artifact("probe", "probe.json")))
+        checks += check_probe(probe, candidate or {}, params)
     first_release = not workspace.champion_file.exists()
     if first_release:
         checks.append(Check("champion", True, None, None, "nothing is published yet: this is the first release"))
@@ -110,21 +114,32 @@ def _failing_closed(checks: list[Check], name: str, problem: str) -> Iterator[No
 
 def check_candidate(metrics: dict[str, Any], params: GateParams) -> list[Check]:
     """The absolute floors and ceilings, and that the candidate and its test set are named."""
-    checks = [_identity(metrics, "model_sha256"), _identity(metrics, "test_sha256")]
-    for name, floor in (
-        ("accuracy", params.min_accuracy),
-        ("macro_f1", params.min_macro_f1),
-        ("min_class_recall", params.min_class_recall),
-    ):
-        value, problem = _share(metrics, name)
-        passed = value is not None and value >= floor
-        checks.append(Check(name, passed, value, floor, problem or f"{value:.4f}, at least {floor} is asked"))
-    value, problem = _share(metrics, "ece")
-    passed = value is not None and value <= params.max_ece
-    checks.append(
-        Check("ece", passed, value, params.max_ece, problem or f"{value:.4f}, at most {params.max_ece} is allowed")
-    )
-    return checks
+    return [
+        _identity(metrics, "model_sha256"),
+        _identity(metrics, "test_sha256"),
+        _at_least(metrics, "accuracy", params.min_accuracy),
+        _at_least(metrics, "macro_f1", params.min_macro_f1),
+        _at_least(metrics, "min_class_recall", params.min_class_recall),
+        _at_most(metrics, "ece", params.max_ece, greatest=1.0),
+    ]
+
+
+def check_probe(probe: dict[str, Any], metrics: dict[str, Any], params: GateParams) -> list[Check]:
+    """What came of serving the candidate: its size and speed, and whether it answers as Keras does.
+
+    Raises:
+        BadArtifact: another candidate was served.
+    """
+    if probe.get("model_sha256") is None or probe["model_sha256"] != metrics.get("model_sha256"):
+        raise BadArtifact("artifacts/probe/probe.json is not about this candidate: run `dvc repro`")
+    return [
+        _at_most(probe, "size_bytes", params.max_size_bytes),
+        _at_most(probe, "load_s", params.max_load_s),
+        _at_most(probe, "latency_ms", params.max_latency_ms),
+        _at_most(probe, "latency_p99_ms", params.max_latency_p99_ms),
+        _parity(probe, "saved_model"),
+        _parity(probe, "server"),
+    ]
 
 
 def read_answers(workspace: Workspace, metrics: dict[str, Any]) -> Answers:
@@ -145,7 +160,7 @@ def read_answers(workspace: Workspace, metrics: dict[str, Any]) -> Answers:
     if not len(test.labels) or not np.array_equal(labels, test.labels) or len(probabilities) != len(labels):
         raise BadArtifact(f"{path} does not hold an answer for each test image: run `dvc repro -f evaluate`")
     right = probabilities.argmax(axis=1) == labels
-    accuracy, problem = _share(metrics, "accuracy")
+    accuracy, problem = _figure(metrics, "accuracy", 1.0)
     if accuracy is None or abs(accuracy - right.mean()) > 1e-9:
         raise BadArtifact(f"{path} and metrics.json disagree: {problem or f'{right.mean()} against {accuracy}'}")
     return Answers(test, right)
@@ -206,8 +221,6 @@ def _score_now(workspace: Workspace, champion: dict[str, Any], test: Split) -> n
         raise BadArtifact(f"its record has no path: {workspace.champion_file}")
     # Slow to load, and not needed when there is no champion, or it is the candidate.
     import_tensorflow_quietly(with_keras=False)
-    from training.verify import predict_saved_model, verify
-
     folder = workspace.root / path
     verify(folder)  # a damaged one would be easy to match
     _, digits = predict_saved_model(folder, test.images)
@@ -234,16 +247,44 @@ def _identity(metrics: dict[str, Any], name: str) -> Check:
     )
 
 
-def _share(metrics: dict[str, Any], name: str) -> tuple[float | None, str]:
-    """A metric between 0 and 1, or None and what is wrong with it."""
-    if name not in metrics:
+def _at_least(figures: dict[str, Any], name: str, floor: float) -> Check:
+    value, problem = _figure(figures, name, 1.0)
+    passed = value is not None and value >= floor
+    return Check(name, passed, value, floor, problem or f"{value:.4f}, at least {floor} is asked")
+
+
+def _at_most(figures: dict[str, Any], name: str, ceiling: float, greatest: float = math.inf) -> Check:
+    value, problem = _figure(figures, name, greatest)
+    passed = value is not None and value <= ceiling
+    return Check(name, passed, value, ceiling, problem or f"{_readable(value)}, at most {ceiling:,} is allowed")
+
+
+def _parity(probe: dict[str, Any], who: str) -> Check:
+    """Does ``who`` give the golden images the probabilities that Keras gives them, and the same digits?"""
+    value, problem = _figure(probe, f"{who}_difference", 1.0)
+    differing, no_count = _figure(probe, f"{who}_digits_differing", math.inf)
+    images, no_images = _figure(probe, "golden_images", math.inf)
+    if value is None or differing is None or images is None:
+        return Check(f"parity_{who}", False, value, GOLDEN_TOLERANCE, problem or no_count or no_images)
+    passed = value <= GOLDEN_TOLERANCE and differing == 0 and images > 0
+    detail = f"differs from Keras by at most {value:.1e}, in {differing} digits, on {images} golden images"
+    return Check(f"parity_{who}", passed, value, GOLDEN_TOLERANCE, detail)
+
+
+def _figure(figures: dict[str, Any], name: str, greatest: float) -> tuple[float | None, str]:
+    """A figure between 0 and ``greatest``, or None and what is wrong with it."""
+    if name not in figures:
         return None, f"{name} is missing"
-    value = metrics[name]
+    value = figures[name]
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None, f"{name} is {value!r}, not a number"
-    if not 0.0 <= value <= 1.0:
-        return None, f"{name} is {value}, not between 0 and 1"
-    return float(value), ""
+    if not 0.0 <= value <= greatest:
+        return None, f"{name} is {value}, not between 0 and {greatest:g}"
+    return value, ""
+
+
+def _readable(value: float | None) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
 def _without_nonfinite(value: Any) -> Any:

@@ -250,6 +250,13 @@ class GateParams(_Section):
     max_ece: Share
     max_accuracy_drop: Share
     """How far below 0 the 95 % interval of the difference to the published version's accuracy may reach."""
+    max_size_bytes: int = Field(gt=0)
+    """Of the version's folder."""
+    max_load_s: float = Field(gt=0.0)
+    """In a fresh model server, warm-up included."""
+    max_latency_ms: float = Field(gt=0.0)
+    """The median over calls of one image each."""
+    max_latency_p99_ms: float = Field(gt=0.0)
     significance: float = Field(gt=0.0, lt=1.0)
     """A candidate worse than the published version with a smaller p-value (McNemar's test) is rejected."""
 

@@ -1,7 +1,7 @@
 """Split the raw data once and for all: train, validation, and a sealed test split.
 
-The seal is the test split's hash in summary.json. Only `evaluate` reads the test split (and `gate`, when the published
-version was measured on another one); nothing is fitted, chosen or calibrated on it.
+The seal is the test split's hash in summary.json. Only `evaluate` reads the test split, and `gate`, which has the
+published version read it beside the candidate; nothing is fitted, chosen or calibrated on it.
 """
 
 import numpy as np

@@ -1,9 +1,9 @@
 """Load an exported version and ask it: does it still answer as the trained network did? Needs TensorFlow, not Keras."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
 from digits import contract
 from digits.errors import DigitsError
@@ -26,6 +26,8 @@ def predict_saved_model(folder: Path, images_u8: np.ndarray, batch: int = 1000) 
     Raises:
         BadArtifact: the folder cannot be loaded, or has not the contract's signature.
     """
+    import tensorflow as tf  # slow to load, and what is above is wanted without it
+
     try:
         signature = tf.saved_model.load(str(folder)).signatures[contract.SIGNATURE]
         answers = [
@@ -39,6 +41,37 @@ def predict_saved_model(folder: Path, images_u8: np.ndarray, batch: int = 1000) 
     return probabilities, digits
 
 
+@dataclass(frozen=True)
+class Golden:
+    """Images, and what Keras answered when the version was written."""
+
+    images: np.ndarray
+    """uint8 (N, 28, 28)."""
+    probabilities: np.ndarray
+    """float32 (N, classes)."""
+
+
+def read_golden(folder: Path) -> Golden:
+    """The golden answers of a version folder.
+
+    Raises:
+        BadArtifact: there are none that can be read.
+    """
+    try:
+        with np.load(folder / GOLDEN_FILE, allow_pickle=False) as golden:
+            return Golden(golden["images"], golden["probabilities"])
+    except Exception as err:  # zipfile, zlib and numpy raise their own kinds
+        raise BadArtifact(f"{folder} has no readable {GOLDEN_FILE}: {_one_line(err)}") from err
+
+
+def compare_answers(golden: Golden, probabilities: np.ndarray, digits: np.ndarray) -> tuple[float, int]:
+    """The greatest difference of a probability from Keras (infinite for another shape), and how many digits differ."""
+    if probabilities.shape != golden.probabilities.shape:
+        return float("inf"), len(golden.images)
+    difference = float(np.abs(probabilities - golden.probabilities).max())
+    return difference, int(np.count_nonzero(digits != golden.probabilities.argmax(axis=1)))
+
+
 def verify(folder: Path) -> float:
     """Compare a version folder with its golden answers; return the greatest difference of a probability.
 
@@ -46,16 +79,10 @@ def verify(folder: Path) -> float:
         BadArtifact: the folder cannot be loaded, or lacks golden answers or the contract's signature.
         NotTheSame: it answers otherwise than Keras did.
     """
-    try:
-        with np.load(folder / GOLDEN_FILE, allow_pickle=False) as golden:
-            images, expected = golden["images"], golden["probabilities"]
-    except Exception as err:  # zipfile, zlib and numpy raise their own kinds
-        raise BadArtifact(f"{folder} has no readable {GOLDEN_FILE}: {_one_line(err)}") from err
-    probabilities, digits = predict_saved_model(folder, images)
-    same_shape = probabilities.shape == expected.shape
-    difference = float(np.abs(probabilities - expected).max()) if same_shape else float("inf")
+    golden = read_golden(folder)
+    difference, digits_differing = compare_answers(golden, *predict_saved_model(folder, golden.images))
     # Written so that NaN fails.
-    if not difference <= GOLDEN_TOLERANCE or not np.array_equal(digits, expected.argmax(axis=1)):
+    if not difference <= GOLDEN_TOLERANCE or digits_differing:
         raise NotTheSame(
             f"{folder} answers otherwise than Keras did: probabilities differ by {difference:.2g}, at most "
             f"{GOLDEN_TOLERANCE} is allowed, and every digit must be the same. Export again with `dvc repro -f export`."

@@ -15,7 +15,7 @@ import yaml
 
 from tests.conftest import clean_environment, copy_checkout, running_below
 
-STAGES = ["validate", "prepare", "train", "twin", "evaluate", "gate", "export"]
+STAGES = ["validate", "prepare", "train", "twin", "evaluate", "probe", "gate", "export"]
 PNG_MAGIC = b"\x89PNG"
 
 

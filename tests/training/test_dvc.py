@@ -35,7 +35,7 @@ def imported_files(path: Path) -> set[str]:
 
 
 def test_the_stages_are_in_their_order() -> None:
-    assert list(STAGES) == ["validate", "prepare", "train", "twin", "evaluate", "gate", "export"]
+    assert list(STAGES) == ["validate", "prepare", "train", "twin", "evaluate", "probe", "gate", "export"]
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -63,7 +63,7 @@ def test_only_evaluate_and_gate_read_the_sealed_test_split() -> None:
 
 def test_stages_write_below_artifacts_only() -> None:
     for name, stage in STAGES.items():
-        for out in [*stage["outs"], *stage.get("metrics", []), *stage.get("plots", [])]:
+        for out in [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]:
             assert out.startswith(f"artifacts/{name}/")
 
 

@@ -43,11 +43,11 @@ def test_the_bootstrap_interval_is_that_of_images_drawn_again() -> None:
 
 
 def test_the_interval_holds_the_true_difference_about_as_often_as_it_says() -> None:
-    """400 samples of 10,000 images from networks that differ by -0.002: 95 % of the intervals hold it, within 4 %."""
-    samples = np.random.default_rng(2).multinomial(10_000, [0.003, 0.005, 0.992], 400)
+    """200 samples of 10,000 images from networks that differ by -0.002: 95 % of the intervals hold it, within 5 %."""
+    samples = np.random.default_rng(2).multinomial(10_000, [0.003, 0.005, 0.992], 200)
     intervals = [bootstrap_interval(Paired(10_000, int(gained), int(lost))) for gained, lost, _ in samples]
     held = np.mean([low <= -0.002 <= high for low, high in intervals])
-    assert 0.91 < held < 0.99
+    assert 0.90 < held < 1.0
 
 
 def test_the_same_counts_give_the_same_interval_and_equal_answers_one_of_no_width() -> None:

@@ -45,10 +45,19 @@ def run_stages(workspace: Workspace, params: Params, *names: str) -> None:
     from training.export import export
     from training.gate import gate
     from training.prepare import prepare
+    from training.probe import probe
     from training.train import train
     from training.twin import twin
 
-    stages = {"prepare": prepare, "train": train, "twin": twin, "evaluate": evaluate, "gate": gate, "export": export}
+    stages = {
+        "prepare": prepare,
+        "train": train,
+        "twin": twin,
+        "evaluate": evaluate,
+        "probe": probe,
+        "gate": gate,
+        "export": export,
+    }
     for name in names or stages:
         stages[name](workspace, params, QUIET)
 
@@ -75,7 +84,7 @@ def test_every_output_that_dvc_expects_is_there(done: Run) -> None:
 
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     for name, stage in stages.items():
-        for out in [*stage["outs"], *stage.get("metrics", []), *stage.get("plots", [])]:
+        for out in [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]:
             if name != "validate":
                 assert (done.workspace.root / out).exists(), out
 
@@ -243,6 +252,40 @@ def test_a_candidate_trained_on_scrambled_labels_is_rejected_and_not_exported(
     assert {"accuracy", "accuracy_against_champion", "worse_than_champion"} <= failed
     run_stages(workspace, params, "export")
     assert [file.name for file in (tmp_path / "artifacts/export/saved_model").iterdir()] == ["REJECTED.txt"]
+
+
+def test_the_candidate_was_served_for_a_moment(done: Run) -> None:
+    """By a model server in a process of its own, and it answered as Keras does."""
+    found = done.json("probe", "probe.json")
+    assert found["model_sha256"] == done.json("train", "training.json")["model_sha256"]
+    assert found["golden_images"] == done.params.export.golden_images
+    assert found["saved_model_difference"] < 1e-5 > found["server_difference"]
+    assert found["saved_model_digits_differing"] == found["server_digits_differing"] == 0
+    assert 0 < found["latency_ms"] <= found["latency_p99_ms"]
+    assert found["load_s"] > 0
+    weights = done.json("train", "training.json")["weights"]
+    assert found["size_bytes"] > 4 * weights
+    rows = {check["name"]: check for check in done.json("gate", "decision.json")["checks"]}
+    assert all(rows[name]["value"] == found[name] for name in ("size_bytes", "load_s", "latency_ms", "latency_p99_ms"))
+
+
+def test_a_candidate_that_answers_otherwise_once_served_is_rejected(
+    tmp_path: Path, done: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last offsets are wrong in the SavedModel alone, as after a mistake in folding the layers."""
+    from training import export
+    from training.gate import judge
+
+    def shift_an_offset(model: Any) -> list[tuple[Any, ...]]:
+        *others, (kernel, bias, *rest) = fold(model)
+        return [*others, (kernel, bias + np.linspace(0, 9, len(bias), dtype=np.float32), *rest)]
+
+    fold = export.fold_layers
+    monkeypatch.setattr(export, "fold_layers", shift_an_offset)
+    shutil.copytree(done.workspace.root / "artifacts", tmp_path / "artifacts")
+    run_stages(Workspace(tmp_path), done.params, "probe")
+    failed = [check.name for check in judge(Workspace(tmp_path), done.params.gate).checks if not check.passed]
+    assert failed == ["parity_saved_model", "parity_server"]
 
 
 def test_an_approval_of_other_weights_exports_nothing(tmp_path: Path, done: Run) -> None:
