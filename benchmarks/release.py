@@ -64,7 +64,10 @@ def change_all(project: Path, seed: int) -> None:
     params["train"]["epochs"] = 3
     params["validate"]["ink_share"][0] = 0.1 + seed / 1e5
     params["gate"].update(min_accuracy=0.9, min_macro_f1=0.9, min_class_recall=0.8, max_ece=0.5, max_accuracy_drop=0.5)
-    params["gate"]["significance"] = 1e-9  # how good they are is not what is measured here
+    # How good they are is not what is measured here.
+    params["gate"].update(max_nll=10.0, significance=1e-9)
+    floors = params["gate"]["robustness"]
+    floors.update(dict.fromkeys(floors, 0.0), robustness_images=1, corruption_gain=-1.0)
     yaml.dump(params, path)
 
 

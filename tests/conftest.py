@@ -13,6 +13,17 @@ from filelock import FileLock
 from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
+ANY_ROBUSTNESS = {
+    "robustness_images": 1,
+    "corruption_accuracy": 0.0,
+    "corruption_gain": -1.0,
+    "shift1_accuracy": 0.0,
+    "shift2_accuracy": 0.0,
+    "thin_accuracy": 0.0,
+    "thick_accuracy": 0.0,
+    "nondigit_abstention": 0.0,
+}
+"""``gate.robustness`` of params.yaml for a network that was hardly trained, or for other data."""
 OUTPUT = ROOT / "test-output"
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from digits.errors import DigitsError
 from training.paired import bootstrap_interval, mcnemar, pair
-from training.params import GateParams, Params
+from training.params import GateParams, Params, RobustnessFloors
 from training.verify import GOLDEN_TOLERANCE, predict_saved_model, verify
 from training.workspace import (
     BadArtifact,
@@ -121,6 +121,29 @@ def check_candidate(metrics: dict[str, Any], params: GateParams) -> list[Check]:
         _at_least(metrics, "macro_f1", params.min_macro_f1),
         _at_least(metrics, "min_class_recall", params.min_class_recall),
         _at_most(metrics, "ece", params.max_ece, greatest=1.0),
+        _at_most(metrics, "nll", params.max_nll),
+        *check_robustness(metrics, params.robustness),
+    ]
+
+
+def check_robustness(metrics: dict[str, Any], floors: RobustnessFloors) -> list[Check]:
+    """Damaged and moved digits, beside the twin without augmentation, and images that are no digits: a row each."""
+    figures = dict(metrics)
+    mine, _ = _figure(metrics, "corruption_accuracy", 1.0)
+    twins, _ = _figure(metrics, "corruption_accuracy_twin", 1.0)
+    # From what is recorded, so that it cannot contradict the two.
+    figures.pop("corruption_gain", None)
+    if mine is not None and twins is not None:
+        figures["corruption_gain"] = mine - twins
+    return [
+        _at_least(figures, "robustness_images", floors.robustness_images, greatest=math.inf),
+        _at_least(figures, "corruption_accuracy", floors.corruption_accuracy),
+        _at_least(figures, "corruption_gain", floors.corruption_gain, least=-1.0),
+        _at_least(figures, "shift1_accuracy", floors.shift1_accuracy),
+        _at_least(figures, "shift2_accuracy", floors.shift2_accuracy),
+        _at_least(figures, "thin_accuracy", floors.thin_accuracy),
+        _at_least(figures, "thick_accuracy", floors.thick_accuracy),
+        _at_least(figures, "nondigit_abstention", floors.nondigit_abstention),
     ]
 
 
@@ -247,10 +270,10 @@ def _identity(metrics: dict[str, Any], name: str) -> Check:
     )
 
 
-def _at_least(figures: dict[str, Any], name: str, floor: float) -> Check:
-    value, problem = _figure(figures, name, 1.0)
+def _at_least(figures: dict[str, Any], name: str, floor: float, *, least: float = 0.0, greatest: float = 1.0) -> Check:
+    value, problem = _figure(figures, name, greatest, least)
     passed = value is not None and value >= floor
-    return Check(name, passed, value, floor, problem or f"{value:.4f}, at least {floor} is asked")
+    return Check(name, passed, value, floor, problem or f"{_readable(value)}, at least {floor} is asked")
 
 
 def _at_most(figures: dict[str, Any], name: str, ceiling: float, greatest: float = math.inf) -> Check:
@@ -271,15 +294,15 @@ def _parity(probe: dict[str, Any], who: str) -> Check:
     return Check(f"parity_{who}", passed, value, GOLDEN_TOLERANCE, detail)
 
 
-def _figure(figures: dict[str, Any], name: str, greatest: float) -> tuple[float | None, str]:
-    """A figure between 0 and ``greatest``, or None and what is wrong with it."""
+def _figure(figures: dict[str, Any], name: str, greatest: float, least: float = 0.0) -> tuple[float | None, str]:
+    """A figure between ``least`` and ``greatest``, or None and what is wrong with it."""
     if name not in figures:
         return None, f"{name} is missing"
     value = figures[name]
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None, f"{name} is {value!r}, not a number"
-    if not 0.0 <= value <= greatest:
-        return None, f"{name} is {value}, not between 0 and {greatest:g}"
+    if not least <= value <= greatest:
+        return None, f"{name} is {value}, not between {least:g} and {greatest:g}"
     return value, ""
 
 

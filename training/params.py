@@ -241,6 +241,21 @@ class EvaluateParams(_Section):
     """Drawn of each kind, at least."""
 
 
+class RobustnessFloors(_Section):
+    """The least that each figure of robustness in metrics.json must reach; 0 asks only that it was measured."""
+
+    robustness_images: int = Field(ge=1)
+    """How many test images were damaged and moved."""
+    corruption_accuracy: Share
+    corruption_gain: float = Field(ge=-1.0, le=1.0)
+    """Accuracy on damaged images less that of the twin without augmentation; below 0 it may be worse by so much."""
+    shift1_accuracy: Share
+    shift2_accuracy: Share
+    thin_accuracy: Share
+    thick_accuracy: Share
+    nondigit_abstention: Share
+
+
 class GateParams(_Section):
     """What a candidate must reach to be published."""
 
@@ -248,6 +263,9 @@ class GateParams(_Section):
     min_macro_f1: Share
     min_class_recall: Share
     max_ece: Share
+    max_nll: float = Field(gt=0.0)
+    """Mean negative log-likelihood of the true class, in nats."""
+    robustness: RobustnessFloors
     max_accuracy_drop: Share
     """How far below 0 the 95 % interval of the difference to the published version's accuracy may reach."""
     max_size_bytes: int = Field(gt=0)
@@ -259,6 +277,16 @@ class GateParams(_Section):
     max_latency_p99_ms: float = Field(gt=0.0)
     significance: float = Field(gt=0.0, lt=1.0)
     """A candidate worse than the published version with a smaller p-value (McNemar's test) is rejected."""
+
+    @model_validator(mode="after")
+    def _slowest_is_not_below_the_median(self) -> Self:
+        if self.max_latency_p99_ms < self.max_latency_ms:
+            raise _contradiction(
+                "max_latency_p99_ms",
+                self.max_latency_p99_ms,
+                f"at least max_latency_ms, which is {self.max_latency_ms}",
+            )
+        return self
 
 
 class ExportParams(_Section):
@@ -317,6 +345,31 @@ class Params(_Section):
     export: ExportParams
     search: SearchParams
     profiles: dict[str, dict[Literal["model", "train", "augment"], dict[str, Any]]]
+
+    @model_validator(mode="after")
+    def _images_suffice(self) -> Self:
+        """Counts of one section that another one must leave room for."""
+        training = self.validate_.train_images - self.prepare.validation_images
+        if training < 1:
+            raise _contradiction(
+                "prepare.validation_images",
+                self.prepare.validation_images,
+                f"less than validate.train_images, which is {self.validate_.train_images}",
+            )
+        if self.train.batch_size > training:
+            raise _contradiction(
+                "train.batch_size",
+                self.train.batch_size,
+                f"at most the {training} images that validate.train_images less prepare.validation_images leaves",
+            )
+        measured = min(self.evaluate.robustness_images, self.validate_.test_images)
+        if self.gate.robustness.robustness_images > measured:
+            raise _contradiction(
+                "gate.robustness.robustness_images",
+                self.gate.robustness.robustness_images,
+                f"at most {measured}, the lesser of evaluate.robustness_images and validate.test_images",
+            )
+        return self
 
     @model_validator(mode="after")
     def _regularised_once(self) -> Self:

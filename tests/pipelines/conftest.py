@@ -122,6 +122,7 @@ def team_template(bare_template: Path, mnist: tuple, tmp_path_factory: pytest.Te
         write_idx(project / "data" / name, array)
         params = params.replace(digest_of(ROOT / "data" / name), digest_of(project / "data" / name))
     params = params.replace("train_images: 60000", f"train_images: {TRAIN}")
+    params = params.replace("validation_images: 5000", "validation_images: 100")
     (project / "params.yaml").write_text(params.replace("test_images: 10000", f"test_images: {TEST}"))
     (project / "data.dvc").unlink()
     with versioning.open_repo(Settings(project=project)) as repo:

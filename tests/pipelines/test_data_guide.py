@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from pipelines import versioning
 from pipelines.arrays import read_images
 from pipelines.settings import Settings
-from tests.conftest import copy_checkout
+from tests.conftest import ANY_ROBUSTNESS, copy_checkout
 from tests.docs.commands import documented
 from tests.pipelines.conftest import TRAIN, environment_for, run, write_idx
 
@@ -71,7 +71,8 @@ def test_data_of_ones_own_go_through_every_stage(mnist: tuple, tmp_path: Path) -
     params = yaml.load((project / "params.yaml").read_text())
     params["validate"] |= {"sha256": {}, "train_images": 3000, "test_images": 1000, "class_share": [0.06, 0.15]}
     params["prepare"]["validation_images"] = 300
-    params["gate"] |= {"min_accuracy": 0.93, "min_macro_f1": 0.93, "min_class_recall": 0.8}
+    params["gate"] |= {"min_accuracy": 0.93, "min_macro_f1": 0.93, "min_class_recall": 0.8, "max_nll": 0.5}
+    params["gate"]["robustness"] = dict(ANY_ROBUSTNESS)
     with (project / "params.yaml").open("w") as file:
         yaml.dump(params, file)
     for words in (("dvc", "add", "data"), ("dvc", "repro"), ("pipelines", "release")):

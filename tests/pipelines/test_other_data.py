@@ -25,7 +25,7 @@ from pipelines.smoke import ask_model_server
 from pipelines.versions import newest_version
 from serving.client import GrpcClient, RestClient
 from tests import fashion
-from tests.conftest import ROOT, clean_environment, copy_checkout
+from tests.conftest import ANY_ROBUSTNESS, ROOT, clean_environment, copy_checkout
 from tests.docs.commands import documented
 from tests.pipelines.conftest import run
 from tests.stack.conftest import free_ports, wait_until_ready
@@ -84,7 +84,8 @@ def about_letters(params: dict) -> None:
     params["prepare"]["validation_images"] = 40
     params["model"]["hidden_widths"] = [64]
     params["train"] |= {"epochs": 6, "batch_size": 20}
-    params["gate"] |= {"min_accuracy": 0.9, "min_macro_f1": 0.9, "min_class_recall": 0.8}
+    params["gate"] |= {"min_accuracy": 0.9, "min_macro_f1": 0.9, "min_class_recall": 0.8, "max_nll": 0.5}
+    params["gate"]["robustness"] = dict(ANY_ROBUSTNESS)
 
 
 def build_and_serve(project: Path, stack: contextlib.ExitStack) -> Served:

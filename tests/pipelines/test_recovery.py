@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.conftest import clean_environment, copy_checkout, running_below
+from tests.conftest import ANY_ROBUSTNESS, clean_environment, copy_checkout, running_below
 
 STAGES = ["validate", "prepare", "train", "twin", "evaluate", "probe", "gate", "export"]
 PNG_MAGIC = b"\x89PNG"
@@ -60,7 +60,8 @@ def small(raw_data: Path, tmp_path: Path) -> Path:
     params["train"].update(epochs=3, batch_size=100)
     params["twin"].update(epochs=1)
     params["evaluate"].update(robustness_images=50, nondigit_images=16)
-    params["gate"].update(min_accuracy=0.8, min_macro_f1=0.8, min_class_recall=0.5, max_ece=0.5)
+    params["gate"].update(min_accuracy=0.8, min_macro_f1=0.8, min_class_recall=0.5, max_ece=0.5, max_nll=2.0)
+    params["gate"].update(robustness=ANY_ROBUSTNESS)
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "data"], cwd=root, env=environment(), check=True)
     return root

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from ruamel.yaml import YAML
 
+from tests.conftest import ANY_ROBUSTNESS
 from training.data import read_raw_split
 from training.params import Params, load_params
 from training.workspace import Split, Workspace
@@ -68,6 +69,8 @@ def small_params(**changes: Any) -> dict[str, Any]:
         "gate.min_macro_f1": 0.7,
         "gate.min_class_recall": 0.4,
         "gate.max_ece": 0.3,
+        "gate.max_nll": 2.0,
+        "gate.robustness": dict(ANY_ROBUSTNESS),
         "gate.max_accuracy_drop": 0.1,
     }
     for key, value in {**small, **changes}.items():

@@ -13,14 +13,26 @@ from digits import contract
 from tests.training.conftest import small_params
 from training.gate import gate, judge
 from training.paired import Paired, bootstrap_interval, mcnemar
-from training.params import GateParams, Params
+from training.params import GateParams, Params, RobustnessFloors
 from training.workspace import Split, Workspace, import_tensorflow_quietly, save_split
 
+FLOORS = RobustnessFloors(
+    robustness_images=30,
+    corruption_accuracy=0.6,
+    corruption_gain=-0.02,
+    shift1_accuracy=0.98,
+    shift2_accuracy=0.96,
+    thin_accuracy=0.9,
+    thick_accuracy=0.94,
+    nondigit_abstention=0.7,
+)
 PARAMS = GateParams(
     min_accuracy=0.98,
     min_macro_f1=0.98,
     min_class_recall=0.95,
     max_ece=0.05,
+    max_nll=0.05,
+    robustness=FLOORS,
     max_accuracy_drop=0.003,
     max_size_bytes=1_000_000,
     max_load_s=10.0,
@@ -55,6 +67,15 @@ METRICS = {
     "macro_f1": 0.99,
     "min_class_recall": 0.97,
     "ece": 0.01,
+    "nll": 0.02,
+    "robustness_images": 30,
+    "corruption_accuracy": 0.63,
+    "corruption_accuracy_twin": 0.64,
+    "shift1_accuracy": 0.98,
+    "shift2_accuracy": 0.96,
+    "thin_accuracy": 0.9,
+    "thick_accuracy": 0.94,
+    "nondigit_abstention": 0.7,
 }
 PROBE = {
     "model_sha256": METRICS["model_sha256"],
@@ -195,12 +216,41 @@ def test_a_poor_or_impossible_figure_is_a_rejection_with_its_reason(
     assert said in decision.reason
 
 
-@pytest.mark.parametrize("name", ["accuracy", "macro_f1", "min_class_recall", "ece"])
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        ({"nll": 0.051}, "nll"),
+        ({"nll": float("nan")}, "nll"),
+        ({"robustness_images": 29}, "robustness_images"),
+        ({"corruption_accuracy": 0.59, "corruption_accuracy_twin": 0.59}, "corruption_accuracy"),
+        ({"corruption_accuracy_twin": 0.66}, "corruption_gain"),  # the twin is ahead by 0.03, 0.02 is let pass
+        ({"corruption_accuracy_twin": float("nan")}, "corruption_gain"),
+        ({"corruption_accuracy_twin": 0.66, "corruption_gain": 0.5}, "corruption_gain"),  # what it says of itself
+        ({"shift1_accuracy": 0.979}, "shift1_accuracy"),
+        ({"shift2_accuracy": 0.959}, "shift2_accuracy"),
+        ({"thin_accuracy": 0.89}, "thin_accuracy"),
+        ({"thick_accuracy": 0.93}, "thick_accuracy"),
+        ({"thick_accuracy": 94.0}, "thick_accuracy"),
+        ({"nondigit_abstention": 0.69}, "nondigit_abstention"),
+        ({"nondigit_abstention": None}, "nondigit_abstention"),
+    ],
+)
+def test_each_figure_of_calibration_and_robustness_is_enough_to_reject(
+    workspace: Workspace, change: dict[str, Any], row: str
+) -> None:
+    put_metrics(workspace, {**METRICS, **change})
+    decision = judge(workspace, PARAMS)
+    assert not decision.accepted
+    assert [check.name for check in decision.checks if not check.passed] == [row]
+
+
+@pytest.mark.parametrize("name", [name for name in METRICS if not name.endswith("sha256")])
 def test_a_missing_metric_is_a_rejection_that_names_it(workspace: Workspace, name: str) -> None:
     put_metrics(workspace, {key: value for key, value in METRICS.items() if key != name})
     decision = judge(workspace, PARAMS)
     assert not decision.accepted
-    assert f"{name} is missing" in decision.reason
+    said = "corruption_gain" if name == "corruption_accuracy_twin" else name
+    assert f"{said} is missing" in decision.reason
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000])

@@ -49,6 +49,18 @@ def test_a_profile_replaces_only_the_values_it_names(tmp_path: Path) -> None:
         ({"data.classes": ["a", "../b"]}, ["data.classes.1 is '../b'", "pattern"]),
         ({"data.classes": list(range(257))}, ["data.classes is 257 names", "at most 256 where format is idx"]),
         ({"model.hidden_widths": []}, ["model.hidden_widths is []", "at least 1 item"]),
+        ({"gate.max_latency_p99_ms": 1.0}, ["gate.max_latency_p99_ms is 1.0", "max_latency_ms, which is 20.0"]),
+        ({"prepare.validation_images": 1500}, ["prepare.validation_images is 1500", "train_images, which is 1500"]),
+        ({"train.batch_size": 1201}, ["train.batch_size is 1201", "at most the 1200 images"]),
+        (
+            {"evaluate.robustness_images": 20, "gate.robustness.robustness_images": 21},
+            ["robustness_images is 21", "at most 20"],
+        ),
+        ({"gate.robustness.robustness_images": 301}, ["gate.robustness.robustness_images is 301", "at most 40"]),
+        (
+            {"gate.robustness.shift3_accuracy": 0.9},
+            ["gate.robustness.shift3_accuracy", "not a known key", "thin_accuracy"],
+        ),
         ({"validate.class_share": [0.2, 0.1]}, ["validate.class_share is [0.2, 0.1]", "the smaller first"]),
         ({"gate.min_accuracy": float("nan")}, ["gate.min_accuracy", "finite"]),
         ({"profile": "warp"}, ["'warp'", "quick, full"]),
