@@ -4,7 +4,7 @@ import argparse
 import signal
 import sys
 
-from benchmarks import gateway, limits, release, validation
+from benchmarks import gateway, limits, release, training, validation
 from benchmarks.peers import run as peers
 
 BENCHMARKS = {
@@ -12,6 +12,7 @@ BENCHMARKS = {
     "limits": limits.run,
     "peers": peers.run,
     "release": release.run,
+    "training": training.run,
     "validation": validation.run,
 }
 """``peers`` needs environments that only `make bench-peers` makes."""

@@ -197,7 +197,8 @@ class _Loop:
         self._averages = (
             [tf.Variable(w.value, trainable=False) for w in model.weights] if self._average_steps > 1 else []
         )
-        self._take_steps = tf.function(self._build_steps, reduce_retracing=True)
+        signature = (tf.TensorSpec((None, params.train.batch_size), tf.int32), tf.TensorSpec((), tf.int32))
+        self._take_steps = tf.function(self._build_steps, input_signature=signature).get_concrete_function()
 
     def run(self, batches: np.ndarray, first_step: int) -> tuple[float, float]:
         """Take one step for each row of indices (S, batch); return the sum of losses and the right answers."""
