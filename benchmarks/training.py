@@ -5,7 +5,6 @@ are asked for their accuracy on the 5,000 validation images after every epoch; s
 is not counted on either side. `model.fit` is used as its documentation shows it: Adam at its defaults, batches of 32.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -43,7 +42,7 @@ def run(seconds: float, repeats: int) -> None:
     """Prints the tables; ``seconds`` means nothing here. Needs the data (`python -m pipelines ingest`)."""
     del seconds
     import_tensorflow_quietly()
-    console, quiet = Console(), Console(file=Path(os.devnull).open("w", encoding="utf-8"))
+    console, quiet = Console(), Console(quiet=True)
     params = load_params(ROOT / "params.yaml")
     learn, held_out = read_splits(params)
     climbs: dict[str, list[Climb]] = {"model.fit, batch 32": [], "this project": []}

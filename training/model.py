@@ -32,33 +32,43 @@ def resolve_precision(precision: str) -> str:
 def build_model(params: ModelParams, class_count: int, precision: str) -> keras.Model:
     """An untrained perceptron: images float32 (N, 28, 28) in 0..255 -> logits float32 (N, C) of C classes.
 
-    The scaling to 0..1 is its first layer, so that nobody who calls it can forget it. Initial weights come from Keras's
-    global seed (``keras.utils.set_random_seed``).
+    Receptive fields are convolutions here; ``training.receptive_fields.free`` makes them dense. The scaling to 0..1 is
+    its first layer, so that nobody who calls it can forget it. Initial weights come from Keras's global seed
+    (``keras.utils.set_random_seed``).
     """
     policy = keras.dtype_policies.DTypePolicy(precision)
     l2 = keras.regularizers.L2(params.l2) if params.l2 else None
     images = keras.Input((IMAGE_HEIGHT, IMAGE_WIDTH), dtype="float32", name="images")
     x = keras.layers.Rescaling(1 / 255, dtype="float32", name="scale")(images)
+    # A normalisation has its own offset: the layer before it needs none.
+    setting: dict[str, Any] = {
+        "use_bias": params.normalisation == "none",
+        "kernel_initializer": "he_normal",
+        "kernel_regularizer": l2,
+        "dtype": policy,
+    }
+    if params.receptive_fields:
+        x = keras.layers.Reshape((IMAGE_HEIGHT, IMAGE_WIDTH, 1), dtype=policy, name="plane")(x)
+    for i, field in enumerate(params.receptive_fields, start=1):
+        convolution = keras.layers.Conv2D(field.features, field.size, field.stride, name=f"tied_{i}", **setting)
+        x = _activate(convolution(x), params, policy, i)
     x = keras.layers.Flatten(dtype=policy, name="flatten")(x)
-    for i, width in enumerate(params.hidden_widths, start=1):
-        # A normalisation has its own offset: the dense layer needs none before it.
-        x = keras.layers.Dense(
-            width,
-            use_bias=params.normalisation == "none",
-            kernel_initializer="he_normal",
-            kernel_regularizer=l2,
-            dtype=policy,
-            name=f"dense_{i}",
-        )(x)
-        if params.normalisation == "batch":
-            x = keras.layers.BatchNormalization(momentum=0.95, dtype=policy, name=f"norm_{i}")(x)
-        elif params.normalisation == "layer":
-            x = keras.layers.LayerNormalization(dtype=policy, name=f"norm_{i}")(x)
-        x = keras.layers.Activation(params.activation, dtype=policy, name=f"activation_{i}")(x)
-        if params.dropout:
-            x = keras.layers.Dropout(params.dropout, dtype=policy, name=f"dropout_{i}")(x)
+    for i, width in enumerate(params.hidden_widths, start=len(params.receptive_fields) + 1):
+        x = _activate(keras.layers.Dense(width, name=f"dense_{i}", **setting)(x), params, policy, i)
     logits = keras.layers.Dense(class_count, kernel_regularizer=l2, dtype="float32", name="logits")(x)
     return keras.Model(images, Calibration(dtype="float32", name="calibration")(logits), name="digits")
+
+
+def _activate(x: Any, params: ModelParams, policy: keras.dtype_policies.DTypePolicy, i: int) -> Any:
+    """What follows the weights of hidden layer ``i``."""
+    if params.normalisation == "batch":
+        x = keras.layers.BatchNormalization(momentum=0.95, dtype=policy, name=f"norm_{i}")(x)
+    elif params.normalisation == "layer":
+        x = keras.layers.LayerNormalization(dtype=policy, name=f"norm_{i}")(x)
+    x = keras.layers.Activation(params.activation, dtype=policy, name=f"activation_{i}")(x)
+    if params.dropout:
+        x = keras.layers.Dropout(params.dropout, dtype=policy, name=f"dropout_{i}")(x)
+    return x
 
 
 @keras.saving.register_keras_serializable("digits")

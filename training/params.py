@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from digits.contract import IMAGE_HEIGHT
 from digits.errors import DigitsError
 
 PARAMS_FILE = "params.yaml"
@@ -170,20 +171,52 @@ class PrepareParams(_Section):
     samples_per_class: int = Field(ge=1, le=50)
 
 
+class ReceptiveField(_Section):
+    """A hidden layer whose units see ``size`` x ``size`` of the layer before, ``stride`` apart, and learn in unison."""
+
+    size: int = Field(ge=1, le=28)
+    stride: int = Field(ge=1, le=28)
+    features: int = Field(ge=1, le=1024)
+    """Units at each place."""
+
+
+_MOST_UNITS = 16384
+
+
 class ModelParams(_Section):
     """The multilayer perceptron: hidden layers of dense, normalisation, activation, dropout; then a logit a class."""
 
+    receptive_fields: tuple[ReceptiveField, ...]
+    """Hidden layers before those of ``hidden_widths`` that begin as training/receptive_fields.py says; usually none."""
     hidden_widths: tuple[Annotated[int, Field(ge=1, le=16384)], ...] = Field(min_length=1)
     activation: Literal["relu", "gelu", "silu", "elu", "tanh"]
     normalisation: Literal["batch", "layer", "none"]
     dropout: Rate
     l2: float = Field(ge=0.0)
 
+    @model_validator(mode="after")
+    def _fields_fit_into_the_layer_before(self) -> Self:
+        side = IMAGE_HEIGHT
+        for field in self.receptive_fields:
+            if field.size > side:
+                raise _contradiction("receptive_fields", f"of size {field.size}", f"at most the {side} that are left")
+            side = (side - field.size) // field.stride + 1
+            if side * side * field.features > _MOST_UNITS:
+                units = f"{side} x {side} places x {field.features} features"
+                raise _contradiction("receptive_fields", units, f"at most {_MOST_UNITS} units in a layer")
+        if self.receptive_fields and self.normalisation == "layer":
+            raise _contradiction("normalisation", "layer", "batch or none with receptive_fields")
+        return self
+
 
 class TrainParams(_Section):
     """How the perceptron is fitted."""
 
     epochs: int = Field(ge=1)
+    free_epochs: int = Field(ge=0)
+    """Epochs after those in which the weights of receptive fields no longer learn in unison."""
+    free_learning_rate: float = Field(gt=0.0)
+    """The schedule's peak in the free epochs."""
     batch_size: int = Field(ge=1)
     optimiser: Literal["adamw", "adam", "sgd"]
     learning_rate: float = Field(gt=0.0)
@@ -373,6 +406,8 @@ class Params(_Section):
 
     @model_validator(mode="after")
     def _regularised_once(self) -> Self:
+        if self.train.free_epochs > 0 and not self.model.receptive_fields:
+            raise _contradiction("train.free_epochs", self.train.free_epochs, "0 without model.receptive_fields")
         if self.model.l2 > 0 and self.train.weight_decay > 0:
             raise _contradiction(
                 "model.l2", self.model.l2, "0 while train.weight_decay is above 0 (choose one of them)"

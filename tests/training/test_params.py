@@ -48,6 +48,28 @@ def test_a_profile_replaces_only_the_values_it_names(tmp_path: Path) -> None:
         ({"data.classes": ["a", "b", "a"]}, ["data.classes is 'a' twice", "different names"]),
         ({"data.classes": ["a", "../b"]}, ["data.classes.1 is '../b'", "pattern"]),
         ({"data.classes": list(range(257))}, ["data.classes is 257 names", "at most 256 where format is idx"]),
+        ({"train.free_epochs": 2}, ["train.free_epochs is 2", "0 without model.receptive_fields"]),
+        (
+            {"model.receptive_fields": [{"size": 29, "stride": 2, "features": 4}]},
+            ["model.receptive_fields.0.size is 29", "less than or equal to 28"],
+        ),
+        (
+            {
+                "model.receptive_fields": [
+                    {"size": 20, "stride": 2, "features": 4},
+                    {"size": 6, "stride": 1, "features": 4},
+                ]
+            },
+            ["model.receptive_fields is of size 6", "at most the 5 that are left"],
+        ),
+        (
+            {"model.receptive_fields": [{"size": 1, "stride": 1, "features": 30}]},
+            ["model.receptive_fields is 28 x 28 places x 30 features", "at most 16384 units"],
+        ),
+        (
+            {"model.receptive_fields": [{"size": 5, "stride": 2, "features": 4}], "model.normalisation": "layer"},
+            ["model.normalisation is layer", "batch or none with receptive_fields"],
+        ),
         ({"model.hidden_widths": []}, ["model.hidden_widths is []", "at least 1 item"]),
         ({"gate.max_latency_p99_ms": 1.0}, ["gate.max_latency_p99_ms is 1.0", "max_latency_ms, which is 20.0"]),
         ({"prepare.validation_images": 1500}, ["prepare.validation_images is 1500", "train_images, which is 1500"]),

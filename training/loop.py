@@ -1,0 +1,149 @@
+"""The training loop: one graph that draws images, deforms them, learns from them and averages the weights.
+
+About 50 steps run in one call: Python is out of the way, yet there is time to redraw the progress bar and to notice a
+loss that is no number. While one batch is learnt from, the next is being drawn.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from digits.errors import DigitsError
+from training.augment import build_augment
+from training.model import build_optimiser, build_schedule
+from training.params import Params, TrainParams
+from training.workspace import Split
+
+_AROUND = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
+
+
+class TrainingDiverged(DigitsError):
+    """The loss became NaN or infinite."""
+
+    code = "training_diverged"
+
+
+class Loop:
+    """The training graph: data, model, optimiser and averaged weights, and a function that takes many steps."""
+
+    def __init__(
+        self,
+        model: keras.Model,
+        learn: Split,
+        params: Params,
+        total_steps: int,
+        drawn_before: int = 0,
+        teacher: keras.Model | None = None,
+    ) -> None:
+        """The graph is built here, once.
+
+        Args:
+            model: in the precision to train in; its weights change.
+            learn: kept in memory as it is, uint8.
+            params: `train`, `augment` and the seed.
+            total_steps: over which the learning rate runs its course.
+            drawn_before: batches of images drawn with this seed before; none is drawn the same way again.
+            teacher: whose answers are learnt instead of the labels, see ``_shifted_answers``.
+        """
+        self._model = model
+        self._drawn_before = drawn_before
+        self._teacher = teacher
+        self._setting: TrainParams = params.train
+        self._images = tf.constant(learn.images)
+        self._labels = tf.constant(learn.labels, tf.int32)
+        self._augment = build_augment(params.augment)
+        self._seed = params.seed
+        self._class_count = len(params.data.classes)
+        self._optimiser = build_optimiser(params.train)
+        self._optimiser.build(model.trainable_variables)
+        self.rate: Callable[[Any], Any] = build_schedule(params.train, total_steps)
+        self._average_steps = params.train.average_share * total_steps
+        self._averages = (
+            [tf.Variable(w.value, trainable=False) for w in model.weights] if self._average_steps > 1 else []
+        )
+        signature = (tf.TensorSpec((None, params.train.batch_size), tf.int32), tf.TensorSpec((), tf.int32))
+        self._take_steps = tf.function(self._build_steps, input_signature=signature).get_concrete_function()
+
+    def run(self, batches: np.ndarray, first_step: int) -> tuple[float, float]:
+        """Take one step for each row of indices (S, batch); return the sum of losses and the right answers."""
+        losses, right = self._take_steps(tf.constant(batches), tf.constant(first_step))
+        losses = losses.numpy()
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if bad.size:
+            step = first_step + int(bad[0])
+            raise TrainingDiverged(
+                f"the loss is {losses[bad[0]]} at step {step} (learning rate {float(self.rate(step)):.3g}): "
+                "lower train.learning_rate in params.yaml, or lengthen train.warmup_share"
+            )
+        return float(losses.sum()), float(right.numpy())
+
+    def copy_average_to(self, target: keras.Model) -> None:
+        """Give ``target`` (same layers) the averaged weights, or the latest ones when averaging is off."""
+        source = self._averages or self._model.weights
+        target.set_weights([np.asarray(w) for w in source])
+
+    def _draw(self, indices: Any, step: Any) -> tuple[Any, Any]:
+        images = self._augment(
+            tf.gather(self._images, indices), tf.stack([self._seed, self._drawn_before + step])
+        )  # (B, 28, 28)
+        return images, tf.gather(self._labels, indices)
+
+    def _build_steps(self, batches: Any, first_step: Any) -> tuple[Any, Any]:
+        count = tf.shape(batches)[0]
+
+        def body(i: Any, images: Any, labels: Any, losses: Any, right: Any) -> tuple[Any, ...]:
+            # Independent of this step's gradient, so the runtime draws it meanwhile.
+            following = tf.minimum(i + 1, count - 1)
+            next_images, next_labels = self._draw(batches[following], first_step + following)
+            loss, hits = self._learn(images, labels, first_step + i)
+            losses = losses.write(i, loss)
+            return i + 1, next_images, next_labels, losses, right + hits
+
+        images, labels = self._draw(batches[0], first_step)
+        losses = tf.TensorArray(tf.float32, size=count)
+        start = (tf.constant(0), images, labels, losses, tf.constant(0.0))
+        _, _, _, losses, right = tf.while_loop(lambda i, *_: i < count, body, start)
+        return losses.stack(), right
+
+    def _learn(self, images: Any, labels: Any, step: Any) -> tuple[Any, Any]:
+        """One step of gradient descent; the batch's loss and number of right answers."""
+        targets = self._shifted_answers(images) if self._teacher else self._smoothed(labels)
+        with tf.GradientTape() as tape:
+            logits = self._model(images, training=True)
+            loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
+            loss = tf.add_n([loss, *self._model.losses])
+        variables = self._model.trainable_variables
+        gradients = tape.gradient(loss, [v.value for v in variables])
+        self._optimiser.learning_rate.assign(self.rate(step))
+        self._optimiser.apply(gradients, variables)
+        self._update_average(step)
+        hits = tf.reduce_sum(tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32))
+        return loss, hits
+
+    def _smoothed(self, labels: Any) -> Any:
+        """Labels (B,) as shares (B, C), with some of it given to the other classes."""
+        spread = self._setting.label_smoothing / self._class_count
+        return tf.one_hot(labels, self._class_count, 1.0 - self._setting.label_smoothing + spread, spread)
+
+    def _shifted_answers(self, images: Any) -> Any:
+        """The teacher's probabilities (B, C), averaged over each image and its copies one pixel off in four directions.
+
+        Receptive fields some pixels apart answer a little otherwise when the image moves by less than that; the average
+        is better than any of the five, and a network with free weights can learn to give it at once.
+        """
+        height, width = images.shape[1:]
+        padded = tf.pad(images, ((0, 0), (1, 1), (1, 1)))
+        answers = [
+            tf.nn.softmax(self._teacher(padded[:, y : y + height, x : x + width], training=False)) for y, x in _AROUND
+        ]
+        return tf.add_n(answers) / len(answers)
+
+    def _update_average(self, step: Any) -> None:
+        at = tf.cast(step, tf.float32)
+        # The start counts for little: the average is as young as the run.
+        keep = tf.minimum(1.0 - 1.0 / max(self._average_steps, 1.0), (1.0 + at) / (10.0 + at))
+        for average, weight in zip(self._averages, self._model.weights, strict=False):
+            average.assign_sub((1.0 - keep) * (average - weight.value))
