@@ -1,6 +1,7 @@
 """What runs in the pipeline's container.
 
-``pipeline.py serve`` releases if nothing is published yet, then releases on the schedule of DIGITS_CRON.
+``pipeline.py serve`` releases if nothing is published yet, then releases on the schedule of DIGITS_CRON, each in the
+profile that DIGITS_PROFILE names.
 ``pipeline.py is-published`` is the container's health: exit code 0 when a version is published.
 ``pipeline.py prefect …`` is Prefect's own command, in the workspace: how Prefect's workers start a flow run.
 ``pipeline.py prefect-server`` is Prefect's API and UI, for other containers.
@@ -27,6 +28,7 @@ CHAMPION = PROJECT / "models" / "champion" / "champion.json"
 SERVING_CONFIG = PROJECT / "models" / "models.config"
 PASSWORD_FILE = "PREFECT_SERVER_DATABASE_PASSWORD_FILE"  # noqa: S105  # a variable's name
 DEFAULT_CRON = "0 3 * * *"
+DEFAULT_PROFILE = "full"
 
 
 def main(arguments: list[str]) -> int:
@@ -63,6 +65,7 @@ def main(arguments: list[str]) -> int:
         if not CHAMPION.is_file() and (code := to_its_end("release")):
             return code
         arguments = ["schedule", "--cron", os.environ.get("DIGITS_CRON") or DEFAULT_CRON]
+        arguments += ["--profile", os.environ.get("DIGITS_PROFILE") or DEFAULT_PROFILE]
     return become([sys.executable, "-m", "pipelines", *arguments])
 
 

@@ -32,6 +32,9 @@ app = typer.Typer(
 
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, for machines.")]
+ProfileOption = Annotated[
+    str | None, typer.Option(help="Choose this profile in params.yaml first, such as full. Default: what stands there.")
+]
 Note = Annotated[str, typer.Option(help="Why, for the ledger.")]
 VersionNumber = Annotated[int, typer.Argument(min=0, help="The number of a published version.")]
 
@@ -100,7 +103,7 @@ def _describe_addition(done: "Added", dry_run: bool, as_json: bool) -> str:
 
 
 @app.command()
-def release(as_json: Json = False) -> None:
+def release(profile: ProfileOption = None, as_json: Json = False) -> None:
     """Data to published version: ingest, the DVC stages, the gate, publish. Does only what is not up to date.
 
     Exit code 0: published, now or before. 3: the gate rejected the candidate, the served version stays. 5: another
@@ -108,7 +111,7 @@ def release(as_json: Json = False) -> None:
     """
     from pipelines.release import release as run_release
 
-    raise typer.Exit(run_release(read_settings(), as_json=as_json))
+    raise typer.Exit(run_release(read_settings(), profile=profile, as_json=as_json))
 
 
 @app.command()
@@ -297,11 +300,12 @@ def restore(backup: Annotated[Path, typer.Argument(help="A file of run/backups/.
 def schedule(
     cron: Annotated[str, typer.Option(help="When, in cron's five fields, UTC.")] = "0 3 * * *",
     name: Annotated[str, typer.Option(help="Name of the Prefect deployment.")] = "scheduled",
+    profile: ProfileOption = None,
 ) -> None:
     """Release at set times, one at a time, until stopped. For a lasting schedule set PREFECT_API_URL to a server."""
     from pipelines.schedule import schedule as run_schedule
 
-    run_schedule(read_settings(), cron, name)
+    run_schedule(read_settings(), cron, name, profile)
 
 
 @app.command(hidden=True)

@@ -28,6 +28,7 @@ from pipelines.batches import Batch, read_batch
 from pipelines.dataset import digest_of
 from pipelines.disk import fsync_folder, read_yaml
 from pipelines.likeness import SAME, nearest
+from pipelines.params_file import edited
 from pipelines.settings import Settings
 from pipelines.transaction import Transaction
 
@@ -262,19 +263,16 @@ def _decide(settings: Settings, repo: Any, batch: Batch, kept: np.ndarray, done:
 
 def _new_params(settings: Settings, folder: Path, train_images: int) -> str:
     """params.yaml with the new count and digests where it names them; comments and layout stay."""
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 4096
-    params = yaml.load((settings.project / "params.yaml").read_text(encoding="utf-8"))
-    validate = params.get("validate") or {}
-    for name in (TRAIN_IMAGES, TRAIN_LABELS):
-        if name in (validate.get("sha256") or {}):
-            validate["sha256"][name] = digest_of(folder / name)
-    if "train_images" in validate:
-        validate["train_images"] = train_images
-    text = io.StringIO()
-    yaml.dump(params, text)
-    return text.getvalue()
+
+    def renew(params: Any) -> None:
+        validate = params.get("validate") or {}
+        for name in (TRAIN_IMAGES, TRAIN_LABELS):
+            if name in (validate.get("sha256") or {}):
+                validate["sha256"][name] = digest_of(folder / name)
+        if "train_images" in validate:
+            validate["train_images"] = train_images
+
+    return edited(settings, renew)
 
 
 def _facts(batch: Batch, kept: np.ndarray, done: Added, class_count: int) -> dict[str, Any]:

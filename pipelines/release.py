@@ -23,7 +23,7 @@ class FlowFailed(DigitsError):
     code = "flow_failed"
 
 
-def release(settings: Settings, *, as_json: bool = False) -> Exit:
+def release(settings: Settings, *, profile: str | None = None, as_json: bool = False) -> Exit:
     """Run the flow; print the outcome, as one JSON object if so wished; return the exit code.
 
     Raises:
@@ -37,7 +37,7 @@ def release(settings: Settings, *, as_json: bool = False) -> Exit:
         from pipelines.flows.release import release as flow
 
         prefect_server.wait_until_ready(settings)
-        state = flow(str(settings.project), watched=True, return_state=True)
+        state = flow(str(settings.project), watched=True, profile=profile, return_state=True)
         if state.name == REJECTED:
             verdict = read_verdict(settings)
             if as_json:

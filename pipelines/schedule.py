@@ -18,7 +18,7 @@ class BadSchedule(DigitsError):
     code = "bad_schedule"
 
 
-def schedule(settings: Settings, cron: str, name: str) -> None:
+def schedule(settings: Settings, cron: str, name: str, profile: str | None) -> None:
     """Serve the release flow on a cron schedule, in the foreground, until stopped.
 
     A release that comes due while one is at work is cancelled, and the next one is on time. Stopping this process
@@ -28,6 +28,7 @@ def schedule(settings: Settings, cron: str, name: str) -> None:
         settings: where.
         cron: five fields, such as ``0 3 * * *``, in UTC.
         name: name of the Prefect deployment.
+        profile: of params.yaml, chosen by each release; what stands there when None.
 
     Raises:
         BadSchedule: cron does not know such a time.
@@ -60,7 +61,7 @@ def schedule(settings: Settings, cron: str, name: str) -> None:
             release,
             name=name,
             schedule=when,
-            parameters={"project": str(settings.project.absolute())},
+            parameters={"project": str(settings.project.absolute()), "profile": profile},
             concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         )
         console = Console(highlight=False)

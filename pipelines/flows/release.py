@@ -22,6 +22,7 @@ from pipelines.flows.steps import say, terminal, watch
 from pipelines.ingest import Ingested
 from pipelines.ingest import ingest as run_ingest
 from pipelines.locks import RELEASE_LOCK, Busy, only_one
+from pipelines.params_file import choose_profile
 from pipelines.promotion import Promotion, is_withdrawn
 from pipelines.promotion import promote as run_promote
 from pipelines.publish import Published
@@ -121,12 +122,13 @@ def promote(settings: Settings, published: Published) -> Promotion | None:
     on_crashed=[tell_webhook],
     on_cancellation=[tell_webhook],
 )
-def release(project: str | None = None, watched: bool = False) -> Any:
+def release(project: str | None = None, watched: bool = False, profile: str | None = None) -> Any:
     """Data to published version, doing only what is not up to date.
 
     Args:
         project: the repository's folder; the current one when None.
         watched: someone is looking on: show steps, the stages' output and progress bars on stderr, besides the log.
+        profile: chosen in params.yaml first, such as ``full``; what stands there when None.
 
     Returns:
         ``Published``; or a state that says why nothing was published, and the served version stays: ``Rejected`` when
@@ -140,6 +142,8 @@ def release(project: str | None = None, watched: bool = False) -> Any:
         except Busy as err:
             say(f"✗ refused     {err}")
             return Cancelled(name=REFUSED, message=str(err))
+        if profile:
+            choose_profile(settings, profile, tell=say)
         stages = held.enter_context(Stages(settings, terminal()))
         if not watched:  # a worker's run: the worker says how a cancelled one ends
             return _release(settings, stages)

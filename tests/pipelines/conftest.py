@@ -80,7 +80,7 @@ def toy_template(bare_template: Path, tmp_path_factory: pytest.TempPathFactory) 
     (project / "data").mkdir()
     for name in ("images", "labels"):
         (project / "data" / name).write_text(name)
-    (project / "params.yaml").write_text("seed: 7\n")
+    (project / "params.yaml").write_text("seed: 7\nprofile: quick\nprofiles: {quick: {}, full: {}}\n")
     (project / "dvc.yaml").write_text(DVC_YAML)
     (project / "weights.txt").write_text("first")
     (project / "accuracy.txt").write_text("0.99")

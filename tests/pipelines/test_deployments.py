@@ -39,6 +39,8 @@ def test_every_deployment_is_accepted_and_one_runs_at_a_time(toy: Path, prefect_
             (step,) = deployment["pull_steps"]
             assert step["prefect.deployments.steps.set_working_directory"]["directory"] == folder
             assert deployment["entrypoint"] == f"pipelines.flows.{flow}.{flow}"
+            if flow == "release":
+                assert deployment["parameters"] == {"profile": "full"}
             if flow != "score":
                 assert deployment["global_concurrency_limit"]["limit"] == 1
                 assert deployment["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"

@@ -126,7 +126,8 @@ def test_second_release_does_nothing_but_complete_a_lost_record(
     record = released / "models" / "champion" / "champion.json"
     before = record.read_bytes()
     record.unlink()
-    done = run(released, "pipelines", "release", PREFECT_API_URL=prefect_url, DIGITS_NOTIFY_URL=webhook.url)
+    again = ["release", "--profile", "full"]
+    done = run(released, "pipelines", *again, PREFECT_API_URL=prefect_url, DIGITS_NOTIFY_URL=webhook.url)
     assert done.returncode == 0, done.stderr
     assert "the champion's record was missing or old: completed" in done.stderr
     assert record.read_bytes() == before
@@ -321,7 +322,8 @@ def test_schedule_survives_a_stop_and_allows_one_release_at_a_time(toy: Path, pr
     """
     process = subprocess.Popen(
         ["bash", "-c", "trap '' INT; exec \"$@\"", "bash",
-         sys.executable, "-m", "pipelines", "schedule", "--cron", "0 3 * * *", "--name", "nightly"],
+         sys.executable, "-m", "pipelines", "schedule", "--cron", "0 3 * * *", "--name", "nightly",
+         "--profile", "full"],
         cwd=toy, env=environment_for(toy, PREFECT_API_URL=prefect_url), stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -335,6 +337,7 @@ def test_schedule_survives_a_stop_and_allows_one_release_at_a_time(toy: Path, pr
     deployment = httpx.get(f"{prefect_url}/deployments/name/release/nightly").json()
     assert deployment["paused"] is False
     assert [(s["active"], s["schedule"]["cron"]) for s in deployment["schedules"]] == [(True, "0 3 * * *")]
+    assert deployment["parameters"]["profile"] == "full"
     assert deployment["global_concurrency_limit"]["limit"] == 1
     assert deployment["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
 
