@@ -50,7 +50,7 @@ def plain(params: Params) -> Params:
     off = {name: 0.0 for name in AugmentParams.model_fields if name != "elastic_sigma_px"}
     return params.model_copy(
         update={
-            "train": params.train.model_copy(update={"epochs": params.twin.epochs}),
+            "train": params.train.model_copy(update={"epochs": params.twin.epochs, "free_epochs": 0}),
             "augment": params.augment.model_copy(update=off),
         }
     )
