@@ -202,7 +202,8 @@ def test_the_same_training_data_come_out_of_prepare_again(done: Run, tmp_path: P
 
 
 def test_a_loss_that_is_no_number_stops_with_step_and_rate(done: Run) -> None:
-    from training.train import TrainingDiverged, fit
+    from training.loop import TrainingDiverged
+    from training.train import fit
 
     changes = {"optimiser": "sgd", "weight_decay": 0.0, "learning_rate": 1e30, "precision": "float32"}
     params = done.params.model_copy(
