@@ -110,7 +110,7 @@ class Loop:
 
     def _learn(self, images: Any, labels: Any, step: Any) -> tuple[Any, Any]:
         """One step of gradient descent; the batch's loss and number of right answers."""
-        targets = self._shifted_answers(images) if self._teacher else self._smoothed(labels)
+        targets = _shifted_answers(self._teacher, images) if self._teacher else self._smoothed(labels)
         with tf.GradientTape() as tape:
             logits = self._model(images, training=True)
             loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
@@ -128,22 +128,21 @@ class Loop:
         spread = self._setting.label_smoothing / self._class_count
         return tf.one_hot(labels, self._class_count, 1.0 - self._setting.label_smoothing + spread, spread)
 
-    def _shifted_answers(self, images: Any) -> Any:
-        """The teacher's probabilities (B, C), averaged over each image and its copies one pixel off in four directions.
-
-        Receptive fields some pixels apart answer a little otherwise when the image moves by less than that; the average
-        is better than any of the five, and a network with free weights can learn to give it at once.
-        """
-        height, width = images.shape[1:]
-        padded = tf.pad(images, ((0, 0), (1, 1), (1, 1)))
-        answers = [
-            tf.nn.softmax(self._teacher(padded[:, y : y + height, x : x + width], training=False)) for y, x in _AROUND
-        ]
-        return tf.add_n(answers) / len(answers)
-
     def _update_average(self, step: Any) -> None:
         at = tf.cast(step, tf.float32)
         # The start counts for little: the average is as young as the run.
         keep = tf.minimum(1.0 - 1.0 / max(self._average_steps, 1.0), (1.0 + at) / (10.0 + at))
         for average, weight in zip(self._averages, self._model.weights, strict=False):
             average.assign_sub((1.0 - keep) * (average - weight.value))
+
+
+def _shifted_answers(teacher: keras.Model, images: Any) -> Any:
+    """The teacher's probabilities (B, C), averaged over each image and its copies one pixel off in four directions.
+
+    Receptive fields some pixels apart answer a little otherwise when the image moves by less than that; the average
+    is better than any of the five, and a network with free weights can learn to give it at once.
+    """
+    height, width = images.shape[1:]
+    padded = tf.pad(images, ((0, 0), (1, 1), (1, 1)))
+    answers = [tf.nn.softmax(teacher(padded[:, y : y + height, x : x + width], training=False)) for y, x in _AROUND]
+    return tf.add_n(answers) / len(answers)
