@@ -16,7 +16,15 @@ from rich.console import Console
 
 from digits import contract
 from digits.errors import DigitsError
-from training.model import Calibration, load_model, model_sha256, predict_probabilities
+from training.model import (
+    Calibration,
+    ShiftedCopies,
+    load_model,
+    mean_of_copies,
+    model_sha256,
+    predict_probabilities,
+    shifted_copies,
+)
 from training.params import Params
 from training.verify import GOLDEN_FILE, verify
 from training.workspace import Split, Workspace, load_split, read_json, write_json
@@ -155,6 +163,8 @@ class ServedPerceptron(tf.Module):
         # Tracked by name, so that the variables are in the SavedModel.
         self.weights = [a for layer in self._layers for a in layer if isinstance(a, tf.Variable)]
         self._scale = float(model.get_layer("scale").scale)
+        # Answers are the mean over the image moved by up to so many pixels.
+        self._reach_px = next((layer.reach_px for layer in model.layers if isinstance(layer, ShiftedCopies)), 0)
 
     def signatures(self) -> dict[str, Any]:
         """Concrete functions by signature name, as digits/contract.py has them."""
@@ -172,7 +182,10 @@ class ServedPerceptron(tf.Module):
 
     def classify(self, images: Any) -> dict[str, Any]:
         """Classify images uint8 (N, 28, 28)."""
-        x = tf.reshape(tf.cast(images, tf.float32), (-1, contract.IMAGE_BYTES)) * self._scale  # (N, 784)
+        x = tf.cast(images, tf.float32) * self._scale
+        if self._reach_px:
+            x = shifted_copies(x, self._reach_px)
+        x = tf.reshape(x, (-1, contract.IMAGE_BYTES))  # (N, 784), or more with copies
         for kernel, bias, norm, activation in self._layers:
             x = tf.matmul(x, kernel)
             if bias is not None:
@@ -183,6 +196,8 @@ class ServedPerceptron(tf.Module):
                 x = (x - mean) * tf.math.rsqrt(variance + epsilon) * gamma + beta
             if activation is not None:
                 x = _ACTIVATIONS[activation](x)
+        if self._reach_px:
+            x = mean_of_copies(x, self._reach_px)
         return {
             contract.OUTPUT_PROBABILITIES: tf.nn.softmax(x),
             contract.OUTPUT_DIGIT: tf.argmax(x, axis=1, output_type=tf.int64),

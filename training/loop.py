@@ -17,8 +17,6 @@ from training.model import build_optimiser, build_schedule
 from training.params import Params, TrainParams
 from training.workspace import Split
 
-_AROUND = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
-
 
 class TrainingDiverged(DigitsError):
     """The loss became NaN or infinite."""
@@ -46,7 +44,7 @@ class Loop:
             params: `train`, `augment` and the seed.
             total_steps: over which the learning rate runs its course.
             drawn_before: batches of images drawn with this seed before; none is drawn the same way again.
-            teacher: whose answers are learnt instead of the labels, see ``_shifted_answers``.
+            teacher: whose answers are learnt instead of the labels.
         """
         self._model = model
         self._drawn_before = drawn_before
@@ -110,7 +108,8 @@ class Loop:
 
     def _learn(self, images: Any, labels: Any, step: Any) -> tuple[Any, Any]:
         """One step of gradient descent; the batch's loss and number of right answers."""
-        targets = _shifted_answers(self._teacher, images) if self._teacher else self._smoothed(labels)
+        teacher = self._teacher
+        targets = tf.nn.softmax(teacher(images, training=False)) if teacher else self._smoothed(labels)
         with tf.GradientTape() as tape:
             logits = self._model(images, training=True)
             loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
@@ -134,15 +133,3 @@ class Loop:
         keep = tf.minimum(1.0 - 1.0 / max(self._average_steps, 1.0), (1.0 + at) / (10.0 + at))
         for average, weight in zip(self._averages, self._model.weights, strict=False):
             average.assign_sub((1.0 - keep) * (average - weight.value))
-
-
-def _shifted_answers(teacher: keras.Model, images: Any) -> Any:
-    """The teacher's probabilities (B, C), averaged over each image and its copies one pixel off in four directions.
-
-    Receptive fields some pixels apart answer a little otherwise when the image moves by less than that; the average
-    is better than any of the five, and a network with free weights can learn to give it at once.
-    """
-    height, width = images.shape[1:]
-    padded = tf.pad(images, ((0, 0), (1, 1), (1, 1)))
-    answers = [tf.nn.softmax(teacher(padded[:, y : y + height, x : x + width], training=False)) for y, x in _AROUND]
-    return tf.add_n(answers) / len(answers)

@@ -47,6 +47,8 @@ def build_model(params: ModelParams, class_count: int, precision: str) -> keras.
         "kernel_regularizer": l2,
         "dtype": policy,
     }
+    if params.averaged_shifts_px:
+        x = ShiftedCopies(params.averaged_shifts_px, dtype="float32", name="copies")(x)
     if params.receptive_fields:
         x = keras.layers.Reshape((IMAGE_HEIGHT, IMAGE_WIDTH, 1), dtype=policy, name="plane")(x)
     for i, field in enumerate(params.receptive_fields, start=1):
@@ -55,8 +57,10 @@ def build_model(params: ModelParams, class_count: int, precision: str) -> keras.
     x = keras.layers.Flatten(dtype=policy, name="flatten")(x)
     for i, width in enumerate(params.hidden_widths, start=len(params.receptive_fields) + 1):
         x = _activate(keras.layers.Dense(width, name=f"dense_{i}", **setting)(x), params, policy, i)
-    logits = keras.layers.Dense(class_count, kernel_regularizer=l2, dtype="float32", name="logits")(x)
-    return keras.Model(images, Calibration(dtype="float32", name="calibration")(logits), name="digits")
+    x = keras.layers.Dense(class_count, kernel_regularizer=l2, dtype="float32", name="logits")(x)
+    if params.averaged_shifts_px:
+        x = MeanOfCopies(params.averaged_shifts_px, dtype="float32", name="mean")(x)
+    return keras.Model(images, Calibration(dtype="float32", name="calibration")(x), name="digits")
 
 
 def _activate(x: Any, params: ModelParams, policy: keras.dtype_policies.DTypePolicy, i: int) -> Any:
@@ -69,6 +73,58 @@ def _activate(x: Any, params: ModelParams, policy: keras.dtype_policies.DTypePol
     if params.dropout:
         x = keras.layers.Dropout(params.dropout, dtype=policy, name=f"dropout_{i}")(x)
     return x
+
+
+def shifted_copies(images: Any, reach_px: int) -> Any:
+    """Each image (N, H, W) moved by every whole number of pixels up to ``reach_px``, paper (0) moving in.
+
+    Returns:
+        (N * (2 * reach_px + 1)^2, H, W), the copies of an image in a row.
+    """
+    height, width = images.shape[1:]
+    padded = tf.pad(images, ((0, 0), (reach_px, reach_px), (reach_px, reach_px)))
+    moves = range(2 * reach_px + 1)
+    copies = tf.stack([padded[:, y : y + height, x : x + width] for y in moves for x in moves], axis=1)
+    return tf.reshape(copies, (-1, height, width))
+
+
+def mean_of_copies(logits: Any, reach_px: int) -> Any:
+    """The mean logits (N, C) of each image's copies (N * (2 * reach_px + 1)^2, C)."""
+    return tf.reduce_mean(tf.reshape(logits, (-1, (2 * reach_px + 1) ** 2, logits.shape[-1])), axis=1)
+
+
+class _OfCopies(keras.layers.Layer):
+    """A layer that does nothing while training, which sees each image in one place at a time."""
+
+    def __init__(self, reach_px: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.reach_px = reach_px
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        """As the input: how many there are is not part of it."""
+        return shape
+
+    def get_config(self) -> dict[str, Any]:
+        """What `model.keras` keeps."""
+        return {**super().get_config(), "reach_px": self.reach_px}
+
+
+@keras.saving.register_keras_serializable("digits")
+class ShiftedCopies(_OfCopies):
+    """``shifted_copies`` when the network is asked."""
+
+    def call(self, images: Any, training: bool = False) -> Any:
+        """Images (N, 28, 28)."""
+        return images if training else shifted_copies(images, self.reach_px)
+
+
+@keras.saving.register_keras_serializable("digits")
+class MeanOfCopies(_OfCopies):
+    """``mean_of_copies`` when the network is asked."""
+
+    def call(self, logits: Any, training: bool = False) -> Any:
+        """Logits (N, C)."""
+        return logits if training else mean_of_copies(logits, self.reach_px)
 
 
 @keras.saving.register_keras_serializable("digits")

@@ -29,6 +29,7 @@ def make_model(**changes: Any) -> Any:
     from training.model import build_model
 
     settings = {"hidden_widths": (32, 16), "activation": "relu", "normalisation": "batch", "dropout": 0.1, "l2": 0.0}
+    settings |= {"receptive_fields": (), "averaged_shifts_px": 0}
     keras.utils.set_random_seed(5)
     model = build_model(ModelParams(**{**settings, **changes}), len(contract.DIGITS), "float32")
     rng = np.random.default_rng(4)
