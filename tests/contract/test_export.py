@@ -101,6 +101,23 @@ def test_every_kind_of_network_answers_as_keras_does(tmp_path: Path, normalisati
     assert expected.std() > 0.001  # not all alike
 
 
+def test_an_answer_averaged_over_shifts_is_the_mean_of_the_answers_to_each() -> None:
+    """Nine times asked by hand, once by the network, once by what is exported of it; paper moves in."""
+    from training.export import ServedPerceptron
+    from training.model import build_predict
+
+    alone, averaging = make_model(), make_model(averaged_shifts_px=1)
+    wide = np.pad(IMAGES, ((0, 0), (1, 1), (1, 1)))
+    ask_alone = build_predict(alone, logits=True)
+    answers = [ask_alone(wide[:, y : y + 28, x : x + 28]) for y in range(3) for x in range(3)]
+    expected = np.mean(answers, axis=0)
+    assert np.std(answers, axis=0).max() > 0.001  # a shift does change the answer
+    np.testing.assert_allclose(build_predict(averaging, logits=True)(IMAGES), expected, rtol=1e-4, atol=1e-4)
+    shares = np.exp(expected) / np.exp(expected).sum(axis=1, keepdims=True)
+    served = ServedPerceptron(averaging, contract.DIGITS).classify(IMAGES)["probabilities"].numpy()
+    np.testing.assert_allclose(served, shares, rtol=1e-3, atol=1e-5)
+
+
 def test_batch_norm_is_folded_away(model: Any) -> None:
     from training.export import fold_layers
 
