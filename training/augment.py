@@ -17,13 +17,14 @@ from training.params import AugmentParams
 _NODE_STEP_PX = 4.0
 
 
-def build_augment(params: AugmentParams) -> Callable[[Any, Any], Any]:
+def build_augment(params: AugmentParams) -> Callable[..., Any]:
     """Make ``augment(images_u8 (N, 28, 28), seed int32 (2,)) -> float32 (N, 28, 28) in 0..255``.
 
-    The same seed gives the same images. With every strength at 0 it only casts.
+    The same seed gives the same images. With every strength at 0 it only casts. ``augment(images_u8, seed, first, of)``
+    deforms N images as the images from ``first`` on of a batch of ``of`` would be.
     """
     if params.is_off:
-        return lambda images_u8, _seed: tf.cast(images_u8, tf.float32)
+        return lambda images_u8, *_: tf.cast(images_u8, tf.float32)
 
     basis = tf.constant(_elastic_basis(params.elastic_sigma_px) * np.sqrt(params.elastic_px), tf.float32)  # (28, K)
     rows, columns = np.mgrid[0:IMAGE_HEIGHT, 0:IMAGE_WIDTH].astype(np.float32)
@@ -31,11 +32,12 @@ def build_augment(params: AugmentParams) -> Callable[[Any, Any], Any]:
     grid_y = tf.constant(rows.reshape(1, -1) - centre_y)  # (1, 784)
     grid_x = tf.constant(columns.reshape(1, -1) - centre_x)
 
-    def augment(images_u8: Any, seed: Any) -> Any:
+    def augment(images_u8: Any, seed: Any, first: int = 0, of: int | None = None) -> Any:
         count = tf.shape(images_u8)[0]
+        drawn = count if of is None else of
         seeds = tf.random.experimental.stateless_split(seed, 2)
 
-        draw = tf.random.stateless_uniform((6, count, 1), seeds[0], -1.0, 1.0)
+        draw = tf.random.stateless_uniform((6, drawn, 1), seeds[0], -1.0, 1.0)[:, first : first + count]
         turn = draw[0] * params.rotation_rad  # (N, 1)
         scale_x = 1.0 / (1.0 + draw[1] * params.scale)
         scale_y = 1.0 / (1.0 + draw[2] * params.scale)
@@ -48,7 +50,8 @@ def build_augment(params: AugmentParams) -> Callable[[Any, Any], Any]:
         source_y = scale_y * (sin * grid_x + cos * grid_y) + (centre_y + draw[5] * params.shift_px)
 
         if params.elastic_px > 0:
-            noise = tf.random.stateless_normal((2, count, basis.shape[1], basis.shape[1]), seeds[1])
+            noise = tf.random.stateless_normal((2, drawn, basis.shape[1], basis.shape[1]), seeds[1])
+            noise = noise[:, first : first + count]
             field = tf.einsum("yk,cnkl,xl->cnyx", basis, noise, basis)  # (2, N, 28, 28)
             field = tf.reshape(field, (2, count, IMAGE_BYTES))
             source_x += field[0]

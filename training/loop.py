@@ -1,7 +1,8 @@
 """The training loop: one graph that draws images, deforms them, learns from them and averages the weights.
 
 About 50 steps run in one call: Python is out of the way, yet there is time to redraw the progress bar and to notice a
-loss that is no number. While one batch is learnt from, the next is being drawn.
+loss that is no number. While one batch is learnt from, the next is being drawn. With several workers each draws and
+learns from its share of every batch; gradients and the statistics of normalisations are added up, so all take one step.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from digits.errors import DigitsError
 from training.augment import build_augment
 from training.model import build_optimiser, build_schedule
 from training.params import Params, TrainParams
+from training.workers import Workers
 from training.workspace import Split
 
 
@@ -33,20 +35,24 @@ class Loop:
         learn: Split,
         params: Params,
         total_steps: int,
+        workers: Workers,
         drawn_before: int = 0,
         teacher: keras.Model | None = None,
     ) -> None:
         """The graph is built here, once.
 
         Args:
-            model: in the precision to train in; its weights change.
+            model: in the precision to train in, made in the scope of ``workers``; its weights change.
             learn: kept in memory as it is, uint8.
             params: `train`, `augment` and the seed.
             total_steps: over which the learning rate runs its course.
+            workers: the processes that train together.
             drawn_before: batches of images drawn with this seed before; none is drawn the same way again.
             teacher: whose answers are learnt instead of the labels.
         """
         self._model = model
+        self._workers = workers
+        self._share = workers.share(params.train.batch_size)
         self._drawn_before = drawn_before
         self._teacher = teacher
         self._setting: TrainParams = params.train
@@ -55,8 +61,9 @@ class Loop:
         self._augment = build_augment(params.augment)
         self._seed = params.seed
         self._class_count = len(params.data.classes)
-        self._optimiser = build_optimiser(params.train)
-        self._optimiser.build(model.trainable_variables)
+        with workers.strategy.scope():
+            self._optimiser = build_optimiser(params.train)
+            self._optimiser.build(model.trainable_variables)
         self.rate: Callable[[Any], Any] = build_schedule(params.train, total_steps)
         self._average_steps = params.train.average_share * total_steps
         self._averages = (
@@ -67,7 +74,11 @@ class Loop:
 
     def run(self, batches: np.ndarray, first_step: int) -> tuple[float, float]:
         """Take one step for each row of indices (S, batch); return the sum of losses and the right answers."""
-        losses, right = self._take_steps(tf.constant(batches), tf.constant(first_step))
+        try:
+            losses, right = self._take_steps(tf.constant(batches), tf.constant(first_step))
+        except tf.errors.OpError as err:
+            self._workers.check_together(err)
+            raise
         losses = losses.numpy()
         bad = np.flatnonzero(~np.isfinite(losses))
         if bad.size:
@@ -84,10 +95,10 @@ class Loop:
         target.set_weights([np.asarray(w) for w in source])
 
     def _draw(self, indices: Any, step: Any) -> tuple[Any, Any]:
-        images = self._augment(
-            tf.gather(self._images, indices), tf.stack([self._seed, self._drawn_before + step])
-        )  # (B, 28, 28)
-        return images, tf.gather(self._labels, indices)
+        """This worker's share of a batch, deformed: images (B / workers, 28, 28) and labels."""
+        mine, seed = indices[self._share], tf.stack([self._seed, self._drawn_before + step])
+        images = self._augment(tf.gather(self._images, mine), seed, self._share.start, self._setting.batch_size)
+        return images, tf.gather(self._labels, mine)
 
     def _build_steps(self, batches: Any, first_step: Any) -> tuple[Any, Any]:
         count = tf.shape(batches)[0]
@@ -96,7 +107,9 @@ class Loop:
             # Independent of this step's gradient, so the runtime draws it meanwhile.
             following = tf.minimum(i + 1, count - 1)
             next_images, next_labels = self._draw(batches[following], first_step + following)
-            loss, hits = self._learn(images, labels, first_step + i)
+            self._optimiser.learning_rate.assign(self.rate(first_step + i))
+            loss, hits = self._workers.strategy.run(self._learn, args=(images, labels))
+            self._update_average(first_step + i)
             losses = losses.write(i, loss)
             return i + 1, next_images, next_labels, losses, right + hits
 
@@ -104,21 +117,19 @@ class Loop:
         losses = tf.TensorArray(tf.float32, size=count)
         start = (tf.constant(0), images, labels, losses, tf.constant(0.0))
         _, _, _, losses, right = tf.while_loop(lambda i, *_: i < count, body, start)
-        return losses.stack(), right
+        return self._workers.sum(losses.stack()), self._workers.sum(right)
 
-    def _learn(self, images: Any, labels: Any, step: Any) -> tuple[Any, Any]:
-        """One step of gradient descent; the batch's loss and number of right answers."""
+    def _learn(self, images: Any, labels: Any) -> tuple[Any, Any]:
+        """One step of gradient descent; this worker's part of the batch's loss and of the number of right answers."""
         teacher = self._teacher
         targets = tf.nn.softmax(teacher(images, training=False)) if teacher else self._smoothed(labels)
         with tf.GradientTape() as tape:
             logits = self._model(images, training=True)
             loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
-            loss = tf.add_n([loss, *self._model.losses])
+            loss = tf.add_n([loss, *self._model.losses]) / self._workers.count
         variables = self._model.trainable_variables
         gradients = tape.gradient(loss, [v.value for v in variables])
-        self._optimiser.learning_rate.assign(self.rate(step))
-        self._optimiser.apply(gradients, variables)
-        self._update_average(step)
+        self._optimiser.apply(gradients, variables)  # which adds up the gradients of all workers
         hits = tf.reduce_sum(tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32))
         return loss, hits
 

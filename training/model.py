@@ -66,7 +66,9 @@ def build_model(params: ModelParams, class_count: int, precision: str) -> keras.
 def _activate(x: Any, params: ModelParams, policy: keras.dtype_policies.DTypePolicy, i: int) -> Any:
     """What follows the weights of hidden layer ``i``."""
     if params.normalisation == "batch":
-        x = keras.layers.BatchNormalization(momentum=0.95, dtype=policy, name=f"norm_{i}")(x)
+        # Several workers that learn from one batch take its mean and variance together.
+        together = tf.distribute.get_strategy().num_replicas_in_sync > 1
+        x = keras.layers.BatchNormalization(momentum=0.95, synchronized=together, dtype=policy, name=f"norm_{i}")(x)
     elif params.normalisation == "layer":
         x = keras.layers.LayerNormalization(dtype=policy, name=f"norm_{i}")(x)
     x = keras.layers.Activation(params.activation, dtype=policy, name=f"activation_{i}")(x)

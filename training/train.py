@@ -21,6 +21,7 @@ from training.loop import Loop
 from training.model import build_model, build_predict, model_sha256, resolve_precision
 from training.params import BadParams, Params
 from training.receptive_fields import free
+from training.workers import Workers, join_workers
 from training.workspace import Split, Workspace, load_split, whole_file, write_json
 
 _CHUNK_STEPS = 50
@@ -40,7 +41,10 @@ class Epoch:
 
 
 def train(workspace: Workspace, params: Params, console: Console) -> None:
-    """The stage: read the prepared splits, fit, write model.keras, history.csv, curves.png and training.json."""
+    """The stage: read the prepared splits, fit, write model.keras, history.csv, curves.png and training.json.
+
+    Of several workers (training/workers.py) one writes.
+    """
     learn = load_split(workspace.artifact("prepare", "train.npz"))
     held_out = load_split(workspace.artifact("prepare", "validation.npz"))
     out = workspace.stage_dir("train")
@@ -48,6 +52,10 @@ def train(workspace: Workspace, params: Params, console: Console) -> None:
     started = time.perf_counter()
     model, history = fit(learn, held_out, params, console)
     fit_seconds = time.perf_counter() - started
+    workers = join_workers()
+    if not workers.is_chief:
+        console.print(f"worker {workers.index} of {workers.count} is done; worker 0 writes the files")
+        return
 
     with whole_file(out / "model.keras") as part:
         model.save(part)
@@ -99,18 +107,21 @@ def fit(
         raise BadParams(
             f"train.batch_size is {setting.batch_size}; allowed: at most the {len(learn.labels)} training images"
         )
+    workers = join_workers()
     keras.utils.set_random_seed(params.seed)
     precision = resolve_precision(setting.precision)
     class_count = len(params.data.classes)
-    model = build_model(params.model, class_count, precision)
+    with workers.strategy.scope():
+        model = build_model(params.model, class_count, precision)
     averaged = build_model(params.model, class_count, "float32")
     with _progress(console) as progress:
-        course = _Course(learn, held_out, params, progress, on_epoch)
+        course = _Course(learn, held_out, params, progress, on_epoch, workers)
         course.run(model, averaged, params)
         if params.model.receptive_fields:
             teacher = model
             teacher.set_weights(averaged.get_weights())
-            model = free(averaged, params.model, precision)
+            with workers.strategy.scope():
+                model = free(averaged, params.model, precision)
             averaged = free(averaged, params.model, "float32")
             course.run(model, averaged, _when_free(params), teacher)
     calibrate(averaged, held_out, setting.abstain_share)
@@ -135,6 +146,7 @@ class _Course:
         params: Params,
         progress: Progress,
         on_epoch: Callable[[Epoch], None] | None,
+        workers: Workers,
     ) -> None:
         self.history: list[Epoch] = []
         self._learn = learn
@@ -143,6 +155,7 @@ class _Course:
         self._steps_per_epoch = len(learn.labels) // params.train.batch_size
         self._epochs = params.train.epochs + params.train.free_epochs
         self._on_epoch = on_epoch
+        self._workers = workers
         self._progress = progress
         self._task = progress.add_task("train", total=self._epochs * self._steps_per_epoch, note="preparing the graph")
 
@@ -153,7 +166,8 @@ class _Course:
         if not params.train.epochs:
             return
         drawn_before = len(self.history) * self._steps_per_epoch
-        loop = Loop(model, self._learn, params, params.train.epochs * self._steps_per_epoch, drawn_before, teacher)
+        total_steps = params.train.epochs * self._steps_per_epoch
+        loop = Loop(model, self._learn, params, total_steps, self._workers, drawn_before, teacher)
         predict = build_predict(averaged)
         for epoch in range(params.train.epochs):
             started = time.perf_counter()

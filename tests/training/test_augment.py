@@ -43,6 +43,19 @@ def test_the_same_seed_draws_the_same_images(real: dict[str, Split]) -> None:
     assert not np.array_equal(first, other)
 
 
+def test_a_part_of_a_batch_is_drawn_as_in_the_whole(real: dict[str, Split]) -> None:
+    """So that several workers learn from the very images that one would."""
+    import tensorflow as tf
+
+    from training.augment import build_augment
+
+    images, seed = real["train"].images[:30], tf.constant([1, 2])
+    deform = build_augment(AugmentParams(**{**OFF, "rotation_rad": 0.3, "shift_px": 1.0, "elastic_px": 1.0}))
+    whole = deform(tf.constant(images), seed).numpy()
+    part = deform(tf.constant(images[10:20]), seed, 10, 30).numpy()
+    assert np.abs(part - whole[10:20]).max() < 1e-3
+
+
 def test_a_shift_moves_the_digit_by_at_most_that_much(real: dict[str, Split]) -> None:
     """The centre of ink moves by up to 2 pixels along each axis, and not by more."""
     images = real["train"].images[:500]

@@ -71,7 +71,7 @@ def search(
         raise SearchStopped(f"the search's name is {name!r}; allowed: letters, digits, '-', '_' and '.'")
     folder = workspace.root / "run" / "search" / name
     task = Task(
-        params=change_params(params, {"train.epochs": params.search.epochs}),
+        params=change_params(params, {"train.epochs": params.search.epochs, "train.free_epochs": 0}),
         learn=workspace.artifact("prepare", "train.npz"),
         held_out=workspace.artifact("prepare", "validation.npz"),
         threads=max(1, len(os.sched_getaffinity(0)) // workers),

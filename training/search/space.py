@@ -11,7 +11,11 @@ from ruamel.yaml import YAML
 from training.params import BadParams, Params, SearchRange, change_params
 
 _SECTIONS = ("train", "model", "augment")
-_FIXED = {"train.epochs": "search.epochs", "train.precision": "nothing: it is a matter of the machine"}
+_FIXED = {
+    "train.epochs": "search.epochs",
+    "train.free_epochs": "nothing: trials end before",
+    "train.precision": "nothing: it is a matter of the machine",
+}
 
 
 def build_space(params: Params) -> dict[str, BaseDistribution]:

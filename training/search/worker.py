@@ -4,6 +4,7 @@ It knows nothing of Optuna: it is told values, tells how each epoch went, and is
 """
 
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -96,7 +97,8 @@ def _try(
         if not connection.recv():
             raise _PrunedError
 
-    keras.backend.clear_session()  # what the trial before left in memory
+    keras.backend.clear_session()
+    gc.collect()  # the graph of the trial before refers to itself
     started = time.perf_counter()
     seconds: Callable[[], float] = lambda: round(time.perf_counter() - started, 1)  # noqa: E731 - a stopwatch
     try:
