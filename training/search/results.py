@@ -154,11 +154,11 @@ def draw_importance(path: Path, shares: dict[str, float], count: int) -> None:
 
 def _log_scale(axis: Any) -> None:
     axis.set_yscale("log")
-    _label_decades(axis.yaxis)
+    _label_decades(axis.yaxis, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
 
 
-def _label_decades(axis: Any) -> None:
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+def _label_decades(axis: Any, at: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+    axis.set_major_locator(LogLocator(subs=at))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
