@@ -19,6 +19,7 @@ from pipelines import serving_config
 from pipelines.arrays import BadInput
 from pipelines.ingest import add_batch, ingest
 from pipelines.promotion import promote
+from pipelines.publish import publish
 from pipelines.run import model_server_command
 from pipelines.scoring.job import finish, plan, score_shard
 from pipelines.scoring.scorers import GATEWAY, Spec, count_classes
@@ -93,7 +94,7 @@ def about_letters(params: dict) -> None:
 
 def build_and_serve(project: Path, stack: contextlib.ExitStack) -> Served:
     """`dvc add data`, `dvc repro`, publish; then model server and gateway, a process each, and promote."""
-    for words in (("dvc", "add", "-q", "data"), ("dvc", "repro"), ("pipelines", "publish")):
+    for words in (("dvc", "add", "-q", "data"), ("dvc", "repro")):
         done = run(project, *words, timeout_s=1000)
         assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     grpc, rest, gateway_rest, gateway_grpc = free_ports(4)
@@ -101,6 +102,7 @@ def build_and_serve(project: Path, stack: contextlib.ExitStack) -> Served:
         project=project, model_server_port=grpc, model_server_rest_port=rest,
         model_server_url=f"http://127.0.0.1:{rest}",
     )  # fmt: skip
+    publish(settings)
     environment = clean_environment(TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="-1", PYTHONPATH=str(ROOT))
     gateway = {
         "DIGITS_REST_PORT": str(gateway_rest), "DIGITS_GRPC_PORT": str(gateway_grpc),
