@@ -32,9 +32,11 @@ TensorFlow decodes whatever size a picture declares."""
 INPUT_IMAGE_BYTES: Final = "image_bytes"
 
 CLASSES_SIGNATURE: Final = "classes"
-"""Input ``digit`` int64 [N], each 0 to C - 1 -> output ``name`` string [N]: what these classes are called."""
+"""Input ``digit`` int64 [N], each 0 to C - 1 -> outputs ``name`` string [N]: what these classes are called, and
+``abstain_below`` float32 [N]: the probability below which such an answer is better not used."""
 
 OUTPUT_NAME: Final = "name"
+OUTPUT_ABSTAIN_BELOW: Final = "abstain_below"
 
 CLASSES_FILE: Final = "assets.extra/classes.json"
 """Inside a published version: the same names, a JSON list in the order of the labels."""

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from training.calibrate import selective_curve
 from training.intervals import wilson_interval
-from training.looks import CANDIDATE, record_look
+from training.looks import CANDIDATE, record_look, record_result
 from training.model import build_predict, load_model, model_sha256
 from training.params import Params
 from training.plots import draw_confusion, draw_mistakes, draw_reliability, draw_selective
@@ -39,11 +39,12 @@ def evaluate(workspace: Workspace, params: Params, console: Console) -> None:
         )
     model, twin = (load_model(workspace.artifact(stage, "model.keras")) for stage in ("train", "twin"))
     sha256, answer = model_sha256(model), build_predict(model)
-    record_look(workspace, model_sha256(twin), sealed, len(test.labels), "twin")
-    look = record_look(workspace, sha256, sealed, len(test.labels), CANDIDATE)
+    record_look(workspace, params, model_sha256(twin), sealed, len(test.labels), "twin")
+    look = record_look(workspace, params, sha256, sealed, len(test.labels), CANDIDATE)
     probabilities = answer(test.images)
     metrics = measure(probabilities, test.labels, params.evaluate.reliability_bins)
     abstain_below = float(model.get_layer("calibration").abstain_below)
+    seeds = record_result(workspace, look, metrics["accuracy"])
     metrics.update(measure_abstention(probabilities, test.labels, abstain_below))
     bins, classes = metrics.pop("reliability"), metrics.pop("classes")
     sample = evenly_spaced(test, params.evaluate.robustness_images)
@@ -70,7 +71,11 @@ def evaluate(workspace: Workspace, params: Params, console: Console) -> None:
     _draw_robustness(out, sample, robustness, names)
     training = read_json(workspace.artifact("train", "training.json"))
     twin_training = read_json(workspace.artifact("twin", "twin.json"))
-    write_report(out, Findings(metrics, classes, names, test, probabilities, robustness, look, training, twin_training))
+    floor = calibrated_ece(probabilities, params.evaluate.reliability_bins)
+    write_report(
+        out,
+        Findings(metrics, classes, names, test, probabilities, robustness, look, seeds, floor, training, twin_training),
+    )
     write_json(out / "metrics.json", metrics)
     console.print(
         f"test accuracy {headline}; macro F1 {metrics['macro_f1']:.4f}, ECE {metrics['ece']:.4f}; "
@@ -163,6 +168,22 @@ def measure(probabilities: np.ndarray, labels: np.ndarray, bin_count: int) -> di
     }
 
 
+def calibrated_ece(probabilities: np.ndarray, bin_count: int) -> tuple[float, float]:
+    """The calibration error that answers with these confidences would have if each were right as often as it says.
+
+    It is not 0: bins hold few answers. Mean and 95 % quantile over 200 draws.
+    """
+    rng = np.random.default_rng(1)
+    confidence = probabilities.max(axis=1).astype(np.float64)
+    place = _bin_of(confidence, bin_count)
+    errors = [
+        np.abs(np.bincount(place, (rng.random(len(confidence)) < confidence) - confidence, bin_count)).sum()
+        for _ in range(200)
+    ]
+    shares = np.array(errors) / len(confidence)
+    return float(shares.mean()), float(np.quantile(shares, 0.95))
+
+
 def measure_abstention(probabilities: np.ndarray, labels: np.ndarray, abstain_below: float) -> dict[str, float]:
     """What a caller gets who does without answers less sure than ``abstain_below``.
 
@@ -193,7 +214,7 @@ def reliability_bins(probabilities: np.ndarray, labels: np.ndarray, bin_count: i
     confidence = probabilities.max(axis=1).astype(np.float64)
     right = probabilities.argmax(axis=1) == labels
     edges = np.linspace(0.0, 1.0, bin_count + 1)
-    place = np.clip(np.digitize(confidence, edges[1:-1], right=True), 0, bin_count - 1)
+    place = _bin_of(confidence, bin_count)
     bins = []
     for i in range(bin_count):
         members = place == i
@@ -212,6 +233,11 @@ def reliability_bins(probabilities: np.ndarray, labels: np.ndarray, bin_count: i
             }
         )
     return bins
+
+
+def _bin_of(confidence: np.ndarray, bin_count: int) -> np.ndarray:
+    edges = np.linspace(0.0, 1.0, bin_count + 1)
+    return np.clip(np.digitize(confidence, edges[1:-1], right=True), 0, bin_count - 1)
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -92,6 +92,7 @@ def export(workspace: Workspace, params: Params, console: Console) -> None:
         {
             "schema": 1,
             "model_sha256": sha256,
+            "abstain_below": float(model.get_layer("calibration").abstain_below),
             "golden_images": len(golden),
             "golden_max_difference": round(difference, 9),
             "signatures": [contract.SIGNATURE, contract.ENCODED_SIGNATURE, contract.CLASSES_SIGNATURE],
@@ -165,6 +166,7 @@ class ServedPerceptron(tf.Module):
         self._scale = float(model.get_layer("scale").scale)
         # Answers are the mean over the image moved by up to so many pixels.
         self._reach_px = next((layer.reach_px for layer in model.layers if isinstance(layer, ShiftedCopies)), 0)
+        self._abstain_below = float(model.get_layer("calibration").abstain_below)
 
     def signatures(self) -> dict[str, Any]:
         """Concrete functions by signature name, as digits/contract.py has them."""
@@ -218,8 +220,11 @@ class ServedPerceptron(tf.Module):
         return self.classify(images)
 
     def name_classes(self, digit: Any) -> dict[str, Any]:
-        """The names of classes int64 (N,)."""
-        return {contract.OUTPUT_NAME: tf.gather(tf.constant(self._classes), digit)}
+        """The names of classes int64 (N,), and how sure an answer must be; one threshold for all as yet."""
+        return {
+            contract.OUTPUT_NAME: tf.gather(tf.constant(self._classes), digit),
+            contract.OUTPUT_ABSTAIN_BELOW: tf.fill(tf.shape(digit), tf.constant(self._abstain_below, tf.float32)),
+        }
 
 
 def fold_layers(model: keras.Model) -> list[tuple[Any, ...]]:

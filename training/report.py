@@ -40,6 +40,10 @@ class Findings:
     """The answers, float (N, classes)."""
     robustness: Robustness
     look: Look
+    seeds: dict[int, float]
+    """Accuracy of each seed of this recipe that was measured on this test split so far."""
+    calibrated_ece: tuple[float, float]
+    """Mean and 95 % quantile of the calibration error if all confidences were true."""
     training: dict[str, Any]
     """As in training.json."""
     twin_training: dict[str, Any]
@@ -66,6 +70,9 @@ def write_report(out: Path, findings: Findings) -> None:
             for name in ("corruptions", "corruption_samples", "nondigits")
         },
         look=findings.look,
+        seeds=findings.seeds,
+        spread=float(np.std(list(findings.seeds.values()), ddof=1)) if len(findings.seeds) > 1 else None,
+        calibrated_ece=findings.calibrated_ece,
         training=findings.training,
         twin=findings.twin_training,
     )

@@ -79,10 +79,11 @@ def test_signatures_have_the_contracts_names_types_and_shapes(exported: Path) ->
         assert outputs["digit"].shape.as_list() == [None]
 
 
-def test_a_model_says_what_its_classes_are_called(exported: Path) -> None:
-    """Asked by their numbers over the wire, and in a file beside it."""
+def test_a_model_says_what_its_classes_are_called_and_how_sure_to_be(model: Any, exported: Path) -> None:
+    """Asked by their numbers over the wire, with how sure an answer must be; and in a file beside it."""
     answer = ask(exported, contract.CLASSES_SIGNATURE, digit=np.array([7, 0], np.int64))
     assert answer["name"].tolist() == [b"7", b"0"]
+    assert answer["abstain_below"].tolist() == [float(model.get_layer("calibration").abstain_below)] * 2
     assert json.loads((exported / contract.CLASSES_FILE).read_text()) == list(contract.DIGITS)
 
 

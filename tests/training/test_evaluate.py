@@ -77,3 +77,13 @@ def test_the_confusion_matrix_has_true_digits_in_rows() -> None:
     confusion = confusion_matrix(np.array([3, 3, 8]), np.array([3, 8, 8]), 10)
     assert (confusion[3, 3], confusion[3, 8], confusion[8, 8]) == (1, 1, 1)
     assert confusion.sum() == 3
+
+
+def test_a_calibrated_network_still_has_a_calibration_error() -> None:
+    """100 answers at 90 %: the share that is right has a deviation of 3 %, whose mean absolute value is 2.4 %."""
+    from training.evaluate import calibrated_ece
+
+    probabilities, _ = answers([0] * 100, [0] * 100, confidence=0.9)
+    mean, high = calibrated_ece(probabilities, 15)
+    assert mean == pytest.approx(0.03 * np.sqrt(2 / np.pi), abs=0.004)
+    assert high == pytest.approx(0.03 * 1.96, abs=0.012)

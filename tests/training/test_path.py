@@ -169,7 +169,10 @@ def test_the_report_tells_of_the_twin_and_of_the_looks(done: Run) -> None:
     assert [(look["why"], look["model_sha256"], look["test_images"]) for look in looks] == [
         ("twin", twin["model_sha256"], 300),
         ("candidate", metrics["model_sha256"], 300),
+        ("result", metrics["model_sha256"], 300),
     ]
+    assert looks[-1]["accuracy"] == metrics["accuracy"]
+    assert "only seed 7 has been measured" in page
 
 
 def test_the_twin_differs_in_augmentation_and_length_alone(done: Run) -> None:
