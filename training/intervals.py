@@ -5,7 +5,7 @@ import numpy as np
 _Z = 1.959964
 
 
-def wilson_interval(right: float, count: int) -> tuple[float, float]:
+def wilson_interval(right: float, count: float) -> tuple[float, float]:
     """The score interval of a share of ``count`` independent yes-or-no answers (Wilson 1927).
 
     It stays within 0..1 even when all are right.

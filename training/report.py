@@ -33,6 +33,8 @@ class Findings:
     """As in metrics.json."""
     classes: list[dict[str, Any]]
     """A row a class, as in classes.csv."""
+    macro: dict[str, tuple[float, float]]
+    """Intervals of the macro figures."""
     names: tuple[str, ...]
     """What the classes are called."""
     test: Split
@@ -58,6 +60,7 @@ def write_report(out: Path, findings: Findings) -> None:
     page = environment.get_template("report.html.j2").render(
         metrics=findings.metrics,
         classes=findings.classes,
+        macro=findings.macro,
         pictures=[(_data_uri((out / name).read_bytes()), text) for name, text in _PICTURES],
         mistakes=_mistakes(findings.test, findings.probabilities, findings.names),
         intervals=findings.robustness.intervals,
