@@ -24,6 +24,8 @@ class TrainingDiverged(DigitsError):
     """The loss became NaN or infinite."""
 
     code = "training_diverged"
+    last_good: keras.Model | None = None
+    """The network as it was after the last epoch that ended well; None when none had."""
 
 
 class Loop:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from training.calibrate import abstention_threshold, fit_temperature
 from training.curves import draw_curves
-from training.loop import Loop
+from training.loop import Loop, TrainingDiverged
 from training.model import build_model, build_predict, model_sha256, resolve_precision
 from training.params import BadParams, Params
 from training.receptive_fields import free
@@ -48,9 +48,14 @@ def train(workspace: Workspace, params: Params, console: Console) -> None:
     learn = load_split(workspace.artifact("prepare", "train.npz"))
     held_out = load_split(workspace.artifact("prepare", "validation.npz"))
     out = workspace.stage_dir("train")
+    last_good_file = out / "last_good.keras"  # no output of the stage: it is there only after a fit that failed
+    last_good_file.unlink(missing_ok=True)
 
     started = time.perf_counter()
-    model, history = fit(learn, held_out, params, console)
+    try:
+        model, history = fit(learn, held_out, params, console)
+    except TrainingDiverged as err:
+        raise TrainingDiverged(f"{err}. {_keep(err.last_good, last_good_file)}") from err
     fit_seconds = time.perf_counter() - started
     workers = join_workers()
     if not workers.is_chief:
@@ -86,6 +91,15 @@ def train(workspace: Workspace, params: Params, console: Console) -> None:
     )
 
 
+def _keep(last_good: keras.Model | None, path: Path) -> str:
+    """Save what there is of a fit that failed, and say so."""
+    if last_good is None:
+        return "No epoch had ended, so there are no weights to keep"
+    with whole_file(path) as part:
+        last_good.save(part)
+    return f"The weights after the last good epoch, not calibrated, are kept in {path}"
+
+
 def fit(
     learn: Split,
     held_out: Split,
@@ -100,7 +114,7 @@ def fit(
 
     Raises:
         BadParams: a batch is larger than the training split.
-        training.loop.TrainingDiverged: the loss is no finite number; names the step and the rate.
+        TrainingDiverged: the loss is no finite number; names the step and the rate, and has the last good weights.
     """
     setting = params.train
     if setting.batch_size > len(learn.labels):
@@ -149,6 +163,7 @@ class _Course:
         workers: Workers,
     ) -> None:
         self.history: list[Epoch] = []
+        self._good: tuple[keras.Model, list[np.ndarray]] | None = None
         self._learn = learn
         self._held_out = held_out
         self._rng = np.random.default_rng(params.seed)
@@ -165,6 +180,13 @@ class _Course:
         """Train ``model`` for ``params.train.epochs``; ``averaged``, the same layers in float32, gets the result."""
         if not params.train.epochs:
             return
+        try:
+            self._run(model, averaged, params, teacher)
+        except TrainingDiverged as err:
+            err.last_good = self._last_good()
+            raise
+
+    def _run(self, model: keras.Model, averaged: keras.Model, params: Params, teacher: keras.Model | None) -> None:
         drawn_before = len(self.history) * self._steps_per_epoch
         total_steps = params.train.epochs * self._steps_per_epoch
         loop = Loop(model, self._learn, params, total_steps, self._workers, drawn_before, teacher)
@@ -174,6 +196,13 @@ class _Course:
             loss, accuracy = self._run_epoch(loop, epoch * self._steps_per_epoch, params.train.batch_size)
             loop.copy_average_to(averaged)
             validation_loss, validation_accuracy = score(predict(self._held_out.images), self._held_out.labels)
+            if not np.isfinite(validation_loss):
+                step = (epoch + 1) * self._steps_per_epoch - 1
+                raise TrainingDiverged(
+                    f"the loss on the validation images is {validation_loss} after step {step} "
+                    f"(learning rate {float(loop.rate(step)):.3g}): lower train.learning_rate in params.yaml"
+                )
+            self._good = averaged, averaged.get_weights()
             self.history.append(
                 Epoch(
                     epoch=len(self.history) + 1,
@@ -187,6 +216,14 @@ class _Course:
             )
             if self._on_epoch:
                 self._on_epoch(self.history[-1])
+
+    def _last_good(self) -> keras.Model | None:
+        """The averaged network as the last epoch that ended well left it."""
+        if self._good is None:
+            return None
+        model, weights = self._good
+        model.set_weights(weights)
+        return model
 
     def _run_epoch(self, loop: Loop, first_step: int, batch_size: int) -> tuple[float, float]:
         """One pass over the images in a new order; the mean loss and the share of right answers."""

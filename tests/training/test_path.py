@@ -220,6 +220,31 @@ def test_a_loss_that_is_no_number_stops_with_step_and_rate(done: Run) -> None:
         fit(learn, learn, params, QUIET)
 
 
+def test_the_weights_of_the_last_good_epoch_are_kept_when_the_loss_is_no_number(tmp_path: Path, done: Run) -> None:
+    """A step of decay that more than undoes the weights: they grow until they overflow, some epochs later."""
+    from training.loop import TrainingDiverged
+    from training.model import load_model
+
+    train = {
+        "optimiser": "sgd", "weight_decay": 0.0, "schedule": "constant", "learning_rate": 0.3, "precision": "float32",
+        "batch_size": 300, "epochs": 200,
+    }  # fmt: skip
+    model = {"normalisation": "none", "hidden_widths": (16,), "l2": 4.0}
+    update = {
+        "train": done.params.train.model_copy(update=train),
+        "model": done.params.model.model_copy(update=model),
+    }
+    shutil.copytree(done.workspace.root / "artifacts/prepare", tmp_path / "artifacts/prepare")
+    with pytest.raises(TrainingDiverged, match=r"learning rate 0\.3\).*kept in .*last_good\.keras") as caught:
+        run_stages(Workspace(tmp_path), done.params.model_copy(update=update), "train")
+    assert "\n" not in str(caught.value)
+    kept = load_model(tmp_path / "artifacts/train/last_good.keras")
+    assert all(np.isfinite(array).all() for array in kept.get_weights())
+    assert not (tmp_path / "artifacts/train/model.keras").exists()
+    run_stages(Workspace(tmp_path), done.params, "train")
+    assert not (tmp_path / "artifacts/train/last_good.keras").exists()
+
+
 def test_a_batch_larger_than_the_data_is_refused(done: Run) -> None:
     from training.params import BadParams
     from training.train import fit
