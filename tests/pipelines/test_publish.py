@@ -89,7 +89,7 @@ def test_lineage_leads_back_to_commit_data_and_parameters(candidate, toy: Path) 
     assert lineage["git"]["dirty"] is True
     assert lineage["git"]["changed_files"] == ["weights.txt"]
     assert f"md5: {lineage['data_md5']}\n" in (toy / "data.dvc").read_text()
-    assert lineage["params"] == {"seed": 7}
+    assert lineage["params"] == {"seed": 7, "profile": "quick", "profiles": {"quick": {}, "full": {}}}
     assert lineage["params_sha256"] == digest_of(toy / "params.yaml")
     assert lineage["metrics"]["accuracy"] == 0.99
     assert lineage["decision"]["accepted"] is True

@@ -52,7 +52,7 @@ def test_what_comes_out_is_dense_layers_whose_weights_have_gone_their_own_ways(
 
     from training.train import fit
 
-    learn, held_out = (Split(real[n].images[:600], real[n].labels[:600]) for n in ("train", "test"))
+    learn, held_out = (Split(real[n].images[:300], real[n].labels[:300]) for n in ("train", "test"))
     model, history = fit(learn, held_out, params, QUIET)
     assert [epoch.epoch for epoch in history] == [1, 2, 3]
     assert not [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
@@ -70,6 +70,6 @@ def test_the_same_seed_gives_the_same_freed_weights(params: Params, real: dict[s
     from training.model import model_sha256
     from training.train import fit
 
-    learn = Split(real["train"].images[:600], real["train"].labels[:600])
+    learn = Split(real["train"].images[:300], real["train"].labels[:300])
     first, again = (model_sha256(fit(learn, learn, params, QUIET)[0]) for _ in range(2))
     assert first == again
