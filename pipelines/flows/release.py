@@ -142,22 +142,22 @@ def release(project: str | None = None, watched: bool = False, profile: str | No
         except Busy as err:
             say(f"✗ refused     {err}")
             return Cancelled(name=REFUSED, message=str(err))
-        if profile:
-            choose_profile(settings, profile, tell=say)
         stages = held.enter_context(Stages(settings, terminal()))
         if not watched:  # a worker's run: the worker says how a cancelled one ends
-            return _release(settings, stages)
+            return _release(settings, stages, profile)
         try:
             with cancellation.heeded():
-                return _release(settings, stages)
+                return _release(settings, stages, profile)
         except (KeyboardInterrupt, TerminationSignal):
             say("✗ cancelled   the served version stays; the next release goes on from here")
             return Cancelled(message="stopped on request")
 
 
-def _release(settings: Settings, stages: Stages) -> Published | State:
+def _release(settings: Settings, stages: Stages, profile: str | None) -> Published | State:
     for completed in recovery.complete(settings, tell=say):  # an earlier run was cut off
         say(f"✓ {completed}")
+    if profile:  # after the recovery, which may put a whole params.yaml in place
+        choose_profile(settings, profile, tell=say)
     timed = {"timeout_seconds": settings.step_timeout_s}
     ingest.with_options(**timed)(settings)
     names = [stage.name for stage in versioning.stages_in_order(settings)]
