@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import socket
 import ssl
 import time
@@ -17,6 +18,9 @@ from serving.gateway.settings import Settings
 
 BODY_GRACE_S = 2.0
 """The application answers 408 when a body is late; a client that goes on dripping is cut off this much later."""
+
+FIRST_REQUEST_S = 2.0
+"""A drain waits this long for the first request on a connection that was accepted just before."""
 
 SWEEP_S = 0.5
 
@@ -168,6 +172,7 @@ class _Protocol(HttpToolsProtocol):
         self._header_s, self._body_s = self.config.digits_limits_s  # type: ignore[attr-defined]
         self._max_connections: int = self.config.digits_max_connections  # type: ignore[attr-defined]
         self._held: list[bytes] | None = None
+        self._begun = self._head_coming = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -197,12 +202,14 @@ class _Protocol(HttpToolsProtocol):
             self._to_asgi()  # which knows what to do about the rest of the body
 
     def on_message_begin(self) -> None:
+        self._begun = self._head_coming = True
         self._incomplete[self] = time.monotonic() + self._header_s
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
 
     def on_headers_complete(self) -> None:
+        self._head_coming = False
         if self.url == lean.PATH and self._may_be_lean():
             self._held = []
         else:
@@ -247,6 +254,16 @@ class _Protocol(HttpToolsProtocol):
             self._lines.headers = self.server_state.default_headers
             self._lines.lines = b"".join([b"%b: %b\r\n" % header for header in self._lines.headers])
         return self._lines.lines
+
+    def shutdown(self) -> None:
+        """Close the connection if it is idle, else after its answer.
+
+        uvicorn takes one whose first request is still on its way for idle, and would cut it.
+        """
+        if not self._begun:
+            self._incomplete[self] = min(self._incomplete.get(self, math.inf), time.monotonic() + FIRST_REQUEST_S)
+        elif not self._head_coming:
+            super().shutdown()
 
     def cut_off(self) -> None:
         """Close the connection: its request has taken too long."""

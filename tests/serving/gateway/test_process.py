@@ -284,6 +284,32 @@ def test_a_drain_under_load_loses_no_accepted_request(process: Process, upstream
     assert [one for one in bad if "Connection reset" not in one] == []
 
 
+@pytest.mark.parametrize("sent_before", [b"", b"POST /classify HTT"])
+def test_a_drain_waits_for_a_request_that_is_on_its_way(process: Process, sent_before: bytes) -> None:
+    """A connection that was accepted in time is answered though its request comes after the doors have closed."""
+    request = b"POST /classify HTTP/1.1\r\nHost: digits\r\nContent-Length: 784\r\n\r\n" + bytes(784)
+    host, _, port = process.url.rpartition("/")[2].rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=HANG_S) as client:
+        client.sendall(sent_before)
+        httpx.get(process.url + "/healthz")  # it accepts in order
+        process.popen.terminate()
+        eventually(lambda: _refuses(host, int(port)))
+        threading.Event().wait(1.0)  # longer than connections in use are given to leave by themselves
+        client.sendall(request[len(sent_before) :])
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"connection: close" in answer
+    assert process.end() == 0
+
+
+def _refuses(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=HANG_S).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def test_killed_and_started_again_it_takes_its_ports_back(upstream: TestUpstream) -> None:
     """A crash leaves nothing that stops the next start on the same ports."""
     first = Process(upstream.target)
