@@ -1,4 +1,6 @@
-"""Backups of the release ledger: every row as a line of JSON, the same for SQLite and PostgreSQL."""
+"""Backups of what cannot be made again: the release ledger, every row as a line of JSON, the same for SQLite and
+PostgreSQL; and the record of looks at the test split.
+"""
 
 import datetime
 import gzip
@@ -21,32 +23,43 @@ class BadBackup(DigitsError):
 
 
 def back_up(settings: Settings) -> tuple[Path, int]:
-    """Write all of the ledger to ``run/backups/ledger-<UTC>.jsonl.gz``; the oldest beyond 14 are removed.
+    """Write all of the ledger to ``run/backups/ledger-<UTC>.jsonl.gz``, and models/looks.jsonl to one beside it.
+
+    The oldest beyond 14 of each are removed.
 
     Returns:
-        The file, and how many rows are in it.
+        The ledger's file, and how many rows are in it.
 
     Raises:
         LedgerAway: the database does not answer.
         DiskError: it cannot be written.
     """
-    rows = [entry.as_json() for entry in ledger.read(settings)]
+    rows = [json.dumps(entry.as_json(), sort_keys=True) + "\n" for entry in ledger.read(settings)]
     folder = settings.run_dir / "backups"
+    looks = settings.project / "models" / "looks.jsonl"
     now = datetime.datetime.now(datetime.UTC)
-    path = folder / f"ledger-{now:%Y%m%dT%H%M%S.%f}Z.jsonl.gz"
-    part = path.with_name(f".{path.name}.part")
-    with disk_errors("the ledger's backup", folder, "the ledger itself is untouched"):
+    with disk_errors("the backup", folder, "the ledger itself is untouched"):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with gzip.open(part, "wt", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        for old in sorted(folder.glob("ledger-*.jsonl.gz"))[:-_KEPT]:
-            old.unlink()
+        path = _write(folder, "ledger", now, rows)
+        if looks.exists():
+            _write(folder, "looks", now, [looks.read_text(encoding="utf-8")])
         fsync_folder(folder)
     return path, len(rows)
+
+
+def _write(folder: Path, name: str, now: datetime.datetime, lines: list[str]) -> Path:
+    """A new file of one kind; the oldest of that kind go."""
+    path = folder / f"{name}-{now:%Y%m%dT%H%M%S.%f}Z.jsonl.gz"
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with gzip.open(part, "wt", encoding="utf-8") as stream:
+            stream.writelines(lines)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    for old in sorted(folder.glob(f"{name}-*.jsonl.gz"))[:-_KEPT]:
+        old.unlink()
+    return path
 
 
 def restore(settings: Settings, path: Path) -> int:

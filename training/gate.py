@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from digits.errors import DigitsError
+from training.looks import CHAMPION, record_look
 from training.paired import bootstrap_interval, mcnemar, pair
 from training.params import GateParams, Params, RobustnessFloors
 from training.verify import GOLDEN_TOLERANCE, predict_saved_model, verify
@@ -246,6 +247,7 @@ def _score_now(workspace: Workspace, champion: dict[str, Any], test: Split) -> n
     import_tensorflow_quietly(with_keras=False)
     folder = workspace.root / path
     verify(folder)  # a damaged one would be easy to match
+    record_look(workspace, None, str(champion["model_sha256"]), test.sha256(), len(test.labels), CHAMPION)
     _, digits = predict_saved_model(folder, test.images)
     return np.asarray(digits == test.labels)
 

@@ -19,6 +19,8 @@ from training.workspace import BadArtifact, Workspace
 
 CANDIDATE = "candidate"
 """``why`` of a look that a candidate is chosen by."""
+CHAMPION = "champion"
+"""``why`` of a look at the published version, for the candidate to be compared with."""
 RESULT = "result"
 """``why`` of the line that says what a candidate's look came to."""
 
@@ -46,11 +48,11 @@ class Look:
 
 
 def record_look(
-    workspace: Workspace, params: Params, model_sha256: str, test_sha256: str, test_images: int, why: str
+    workspace: Workspace, params: Params | None, model_sha256: str, test_sha256: str, test_images: int, why: str
 ) -> Look:
     """Add a line to models/looks.jsonl, before the look: one that fails was a look all the same.
 
-    The file is beside the published versions and no output of a stage, so DVC neither removes nor restores it.
+    ``params`` made the network; None: they are not known. The file is beside the published versions and no output of a stage, so DVC neither removes nor restores it.
 
     Raises:
         BadArtifact: the file cannot be read or written, or has a line that is no look.
@@ -64,8 +66,8 @@ def record_look(
             model_sha256=model_sha256,
             test_sha256=test_sha256,
             test_images=test_images,
-            recipe=recipe(params),
-            seed=params.seed,
+            recipe=recipe(params) if params else "",
+            seed=params.seed if params else 0,
             look=1 + sum(look.model_sha256 == model_sha256 for look in before),
             candidates=len(candidates | {model_sha256} if why == CANDIDATE else candidates),
         )

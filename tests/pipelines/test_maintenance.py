@@ -1,5 +1,6 @@
 """Maintenance: the ledger is backed up, and what nothing refers to goes; nothing that a version needs does."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def test_maintenance_keeps_what_versions_need_and_its_backup_restores_the_ledger
     objects = {value: cached(settings, value) for value in data}
     assert all(path.is_file() for paths in objects.values() for path in paths)
 
+    looks = toy / "models" / "looks.jsonl"
+    looks.write_text('{"why": "candidate"}\n')
     environment = {"PREFECT_API_URL": prefect_url, "DIGITS_MODEL_SERVER_URL": NOBODY}
     done = run(toy, "pipelines", "maintain", "--keep", "1", "--json", **environment)
     assert done.returncode == 0, done.stderr
@@ -70,6 +73,8 @@ def test_maintenance_keeps_what_versions_need_and_its_backup_restores_the_ledger
     assert [entry.as_json() for entry in ledger.read(settings)] == rows
     backup.restore(settings, Path(outcome["backup"]))
     assert len(ledger.read(settings)) == 6
+    (kept,) = (toy / "run" / "backups").glob("looks-*.jsonl.gz")
+    assert gzip.decompress(kept.read_bytes()) == looks.read_bytes()
 
 
 def test_maintenance_waits_for_no_release_but_is_refused_by_name(toy: Path) -> None:

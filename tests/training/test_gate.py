@@ -12,6 +12,7 @@ from rich.console import Console
 from digits import contract
 from tests.training.conftest import small_params
 from training.gate import gate, judge
+from training.looks import looks_file
 from training.paired import Paired, bootstrap_interval, mcnemar
 from training.params import GateParams, Params, RobustnessFloors
 from training.workspace import Split, Workspace, import_tensorflow_quietly, save_split
@@ -311,6 +312,14 @@ def test_the_champion_is_measured_now_whatever_its_record_says(with_champion: Wo
         put_champion(with_champion, record)
         (row,) = [c for c in judge(with_champion, PARAMS).checks if c.name == "accuracy_against_champion"]
         assert "0.9940 against 0.9940 of version 3" in row.detail
+
+
+def test_the_champions_look_at_the_test_split_is_recorded(with_champion: Workspace) -> None:
+    """A look like any other, but no candidate's; a first release has none."""
+    judge(with_champion, PARAMS)
+    (look,) = [json.loads(line) for line in looks_file(with_champion).read_text().splitlines()]
+    assert (look["why"], look["model_sha256"], look["test_images"]) == ("champion", CHAMPION["model_sha256"], IMAGES)
+    assert look["candidates"] == 0
 
 
 def test_a_damaged_champion_is_no_easy_mark(with_champion: Workspace) -> None:
