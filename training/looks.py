@@ -52,7 +52,8 @@ def record_look(
 ) -> Look:
     """Add a line to models/looks.jsonl, before the look: one that fails was a look all the same.
 
-    ``params`` made the network; None: they are not known. The file is beside the published versions and no output of a stage, so DVC neither removes nor restores it.
+    ``params`` made the network; None: they are not known. The file is beside the published versions and no output of
+    a stage, so DVC neither removes nor restores it.
 
     Raises:
         BadArtifact: the file cannot be read or written, or has a line that is no look.

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from training.calibrate import abstention_threshold, fit_temperature
 from training.curves import draw_curves
 from training.loop import Loop, TrainingDiverged
+from training.memory import memory_for
 from training.model import build_model, build_predict, model_sha256, resolve_precision
 from training.params import BadParams, Params
 from training.receptive_fields import free
@@ -29,7 +30,7 @@ _CHUNK_STEPS = 50
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training images came to. Accuracy of training is on deformed images."""
+    """What one pass over the training images came to: loss and accuracy on deformed ones, the loss on outliers too."""
 
     epoch: int
     loss: float
@@ -114,6 +115,7 @@ def fit(
 
     Raises:
         BadParams: a batch is larger than the training split.
+        OutOfMemory: the batch does not fit into memory; names one that would.
         TrainingDiverged: the loss is no finite number; names the step and the rate, and has the last good weights.
     """
     setting = params.train
@@ -181,7 +183,8 @@ class _Course:
         if not params.train.epochs:
             return
         try:
-            self._run(model, averaged, params, teacher)
+            with memory_for(model, params.train.batch_size, len(self._learn.labels)):
+                self._run(model, averaged, params, teacher)
         except TrainingDiverged as err:
             err.last_good = self._last_good()
             raise
