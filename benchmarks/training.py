@@ -64,7 +64,7 @@ def climb(params: Params, learn: Split, held_out: Split, quiet: Console, seed: i
     """Our loop, with a schedule of OUR_EPOCHS epochs."""
     from training.train import fit
 
-    setting = params.train.model_copy(update={"epochs": OUR_EPOCHS})
+    setting = params.train.model_copy(update={"epochs": OUR_EPOCHS, "outlier_share": 0.0})
     short = params.model_copy(update={"seed": seed, "train": setting, "augment": no_augmentation(params)})
     _, history = fit(learn, held_out, short, quiet)
     return climb_of([(epoch.seconds, epoch.validation_accuracy) for epoch in history])

@@ -5,6 +5,7 @@ loss that is no number. While one batch is learnt from, the next is being drawn.
 learns from its share of every batch; gradients and the statistics of normalisations are added up, so all take one step.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,13 @@ import tensorflow as tf
 from digits.errors import DigitsError
 from training.augment import build_augment
 from training.model import build_optimiser, build_schedule
+from training.outliers import draw_outliers
 from training.params import Params, TrainParams
 from training.workers import Workers
 from training.workspace import Split
+
+_OUTLIERS_DRAWN = 0.4  # beforehand, for each training image; deformed anew each time they are used
+_NO_CLASS = -1  # an outlier's label: all classes are equally likely
 
 
 class TrainingDiverged(DigitsError):
@@ -55,11 +60,16 @@ class Loop:
         self._model = model
         self._workers = workers
         self._share = workers.share(params.train.batch_size)
+        self._outlier_count = math.ceil(params.train.outlier_share * params.train.batch_size)  # beside each batch
+        self._outlier_share = workers.part(self._outlier_count)
         self._drawn_before = drawn_before
         self._teacher = teacher
         self._setting: TrainParams = params.train
         self._images = tf.constant(learn.images)
         self._labels = tf.constant(learn.labels, tf.int32)
+        if self._outlier_count:
+            drawn = math.ceil(_OUTLIERS_DRAWN * len(learn.labels))
+            self._outliers = tf.constant(draw_outliers(learn, drawn, params.seed))
         self._augment = build_augment(params.augment)
         self._seed = params.seed
         self._class_count = len(params.data.classes)
@@ -97,10 +107,17 @@ class Loop:
         target.set_weights([np.asarray(w) for w in source])
 
     def _draw(self, indices: Any, step: Any) -> tuple[Any, Any]:
-        """This worker's share of a batch, deformed: images (B / workers, 28, 28) and labels."""
+        """This worker's share of a batch and of the outliers beside it, deformed: images (N, 28, 28) and labels."""
         mine, seed = indices[self._share], tf.stack([self._seed, self._drawn_before + step])
         images = self._augment(tf.gather(self._images, mine), seed, self._share.start, self._setting.batch_size)
-        return images, tf.gather(self._labels, mine)
+        labels = tf.gather(self._labels, mine)
+        if self._outlier_count:
+            share, seeds = self._outlier_share, tf.random.experimental.stateless_split(seed, 2)
+            places = tf.random.stateless_uniform((self._outlier_count,), seeds[0], 0, len(self._outliers), tf.int32)
+            outliers = tf.gather(self._outliers, places[share])
+            images = tf.concat([images, self._augment(outliers, seeds[1], share.start, self._outlier_count)], axis=0)
+            labels = tf.concat([labels, tf.fill((share.stop - share.start,), _NO_CLASS)], axis=0)
+        return images, labels
 
     def _build_steps(self, batches: Any, first_step: Any) -> tuple[Any, Any]:
         count = tf.shape(batches)[0]
@@ -127,8 +144,9 @@ class Loop:
         targets = tf.nn.softmax(teacher(images, training=False)) if teacher else self._smoothed(labels)
         with tf.GradientTape() as tape:
             logits = self._model(images, training=True)
-            loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
-            loss = tf.add_n([loss, *self._model.losses]) / self._workers.count
+            losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+            loss = tf.reduce_sum(losses) / (self._setting.batch_size + self._outlier_count)
+            loss = tf.add_n([loss, *(one / self._workers.count for one in self._model.losses)])
         variables = self._model.trainable_variables
         gradients = tape.gradient(loss, [v.value for v in variables])
         self._optimiser.apply(gradients, variables)  # which adds up the gradients of all workers
@@ -136,9 +154,10 @@ class Loop:
         return loss, hits
 
     def _smoothed(self, labels: Any) -> Any:
-        """Labels (B,) as shares (B, C), with some of it given to the other classes."""
+        """Labels (B,) as shares (B, C), with some of it given to the other classes; an outlier's in equal shares."""
         spread = self._setting.label_smoothing / self._class_count
-        return tf.one_hot(labels, self._class_count, 1.0 - self._setting.label_smoothing + spread, spread)
+        shares = tf.one_hot(labels, self._class_count, 1.0 - self._setting.label_smoothing + spread, spread)
+        return tf.where(labels[:, None] == _NO_CLASS, 1.0 / self._class_count, shares)
 
     def _update_average(self, step: Any) -> None:
         at = tf.cast(step, tf.float32)

@@ -227,6 +227,8 @@ class TrainParams(_Section):
     weight_decay: float = Field(ge=0.0)
     momentum: Rate
     label_smoothing: Rate
+    outlier_share: Rate
+    """Images of no class for each image of one, learnt as equally likely to be any."""
     average_share: Rate
     abstain_share: Rate
     """Share of the validation images that the threshold of abstention leaves unanswered."""

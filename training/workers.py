@@ -50,8 +50,11 @@ class Workers:
             raise BadParams(
                 f"train.batch_size is {batch_size}; allowed with {self.count} workers: a multiple of {self.count}"
             )
-        size = batch_size // self.count
-        return slice(self.index * size, (self.index + 1) * size)
+        return self.part(batch_size)
+
+    def part(self, count: int) -> slice:
+        """This process's part of ``count`` things, as even as can be."""
+        return slice(self.index * count // self.count, (self.index + 1) * count // self.count)
 
     def check_together(self, err: tf.errors.OpError) -> None:
         """When a step failed: was it because another worker is gone?

@@ -70,7 +70,7 @@ def curve(points: np.ndarray, steps: int) -> np.ndarray:
         + (2 * before - 5 * start + 4 * end - after) * at**2
         + (3 * (start - end) + after - before) * at**3
     )
-    return np.concatenate([pieces.reshape(len(points), -1, 2), points[:, -1:]], axis=1)
+    return np.concatenate([pieces.reshape(len(points), (points.shape[1] - 1) * steps, 2), points[:, -1:]], axis=1)
 
 
 def to_u8(share: np.ndarray) -> np.ndarray:
