@@ -5,11 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from filelock import FileLock
+from ruamel.yaml import YAML
 from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,17 +36,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--restart-engine", metavar="COMMAND", help="with --stack: what restarts Docker on this machine")
 
 
+HANG_S = 600
+"""A hang's limit, not a claim about speed: other tests, perhaps other people's work, share the machine. What a test
+expects to be ended must go on for longer by itself."""
+
+_STACK, _PREFECT = "tests/stack", "prefect"
 _WITH_PREFECT = {f"tests/pipelines/test_{name}.py" for name in ("release", "maintenance", "deployments")}
+_RECOVERY = "tests/pipelines/test_recovery.py"
+_LONGEST_FIRST = (
+    _STACK,
+    _PREFECT,
+    _RECOVERY,
+    "tests/pipelines/test_other_data.py",
+    "tests/training/test_path.py",
+    *(f"tests/training/test_{name}.py" for name in ("search", "workers", "receptive_fields", "notebook")),
+    *(
+        f"tests/pipelines/test_{name}.py"
+        for name in ("run", "promotion", "data_guide", "scoring", "publish", "rollback")
+    ),
+    *(f"tests/monitoring/test_{name}.py" for name in ("rules", "live")),
+    *(f"tests/serving/gateway/test_{name}.py" for name in ("fuzz", "workers")),
+)
+"""Groups of tests that take over 15 s. Begun last, one of them would leave the other workers without work."""
+
+
+def _group(nodeid: str) -> str:
+    """What stays on one worker: a file, all of tests/stack, or all that share a Prefect server."""
+    file = nodeid.split("::")[0]
+    if file.startswith(f"{_STACK}/"):
+        return _STACK
+    return _PREFECT if file in _WITH_PREFECT else file
 
 
 class OneStack(LoadScopeScheduling):
-    """Tests of one file stay on one worker, and all of tests/stack on one, and all that share a Prefect server."""
+    """Each group on one worker; but the tests of recovery, long ones that share nothing, wherever there is room."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::")[0]
-        if file.startswith("tests/stack/"):
-            return "stack"
-        return "prefect" if file in _WITH_PREFECT else file
+        group = _group(nodeid)
+        return nodeid if group == _RECOVERY else group
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OneStack:
@@ -51,8 +81,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OneStack:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # The longest group first, so that the other workers fill the time beside it.
-    items.sort(key=lambda item: (ROOT / "tests" / "stack") in item.path.parents, reverse=True)
+    place = {group: number for number, group in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(_group(item.nodeid), len(place)))
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
@@ -67,10 +97,20 @@ def raw_data() -> Path:
     return ROOT / "data"
 
 
-def copy_checkout(target: Path) -> Path:
+def change_params(project: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the content of a project's params.yaml; its comments stay."""
+    yaml = YAML()
+    params = yaml.load((project / "params.yaml").read_text())
+    change(params)
+    with (project / "params.yaml").open("w") as file:
+        yaml.dump(params, file)
+
+
+def copy_checkout(target: Path, change: Callable[[dict[str, Any]], object] | None = None) -> Path:
     """A fresh checkout of the working tree as it is now, in ``target``: its own git and DVC, nothing built.
 
-    All such checkouts share a DVC cache, so that what was built once is taken from there, and not the user's cache.
+    ``change`` alters its params.yaml first. All such checkouts share a DVC cache, so that what was built once is taken
+    from there, and not the user's cache.
     """
     listing = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -84,6 +124,8 @@ def copy_checkout(target: Path) -> Path:
             copy = target / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy)
+    if change is not None:
+        change_params(target, change)
     git = ["git", "-c", "user.name=tests", "-c", "user.email=tests@localhost"]
     for command in ([*git, "init", "-q", "-b", "main"], [*git, "add", "-A"], [*git, "commit", "-qm", "a checkout"]):
         subprocess.run(command, cwd=target, check=True, capture_output=True)

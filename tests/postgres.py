@@ -15,6 +15,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from tests.conftest import HANG_S
+
 
 def programs() -> Path | None:
     """The folder of the newest installed server's programs; None when there is none."""
@@ -48,7 +50,7 @@ class Postgres:
             "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={self._folder}", "-c", "fsync=off",
         ]  # fmt: skip
         self.process = subprocess.Popen(command, cwd="/", stderr=subprocess.DEVNULL, **self._user)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_S
         while True:
             with contextlib.suppress(psycopg.OperationalError), psycopg.connect(self.url("postgres")):
                 return
@@ -60,7 +62,7 @@ class Postgres:
         """SIGINT: at once, in order. SIGQUIT: at once, as if it had crashed."""
         if self.process and self.process.poll() is None:
             self.process.send_signal(number)
-            self.process.wait(60)
+            self.process.wait(HANG_S)
 
     def url(self, database: str) -> str:
         return f"postgresql://digits@127.0.0.1:{self.port}/{database}"

@@ -4,11 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import HANG_S, ROOT
 
 HEAVY = {
     "tensorflow",
@@ -58,7 +57,7 @@ def probe() -> dict:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
         check=True,
     )
     return json.loads(ended.stdout.splitlines()[-1])
@@ -79,6 +78,6 @@ def test_the_client_is_light_too() -> None:
     """A command line that starts at once."""
     code = "import json, sys, serving.client; print(json.dumps(sorted({n.partition('.')[0] for n in sys.modules})))"
     ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=True
     )
     assert HEAVY & set(json.loads(ended.stdout)) == set()

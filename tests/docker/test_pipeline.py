@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import HANG_S, ROOT, clean_environment
 from tests.postgres import Postgres, running_postgres
 
 
@@ -22,7 +22,7 @@ def refused(*words: str, **environment: str) -> str:
     """The one line that it ends with."""
     done = subprocess.run(
         [sys.executable, ROOT / "docker" / "pipeline.py", *words], env=clean_environment(**environment),
-        capture_output=True, text=True, check=False, timeout=60,
+        capture_output=True, text=True, check=False, timeout=HANG_S,
     )  # fmt: skip
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
@@ -67,10 +67,10 @@ def test_a_port_that_is_taken_is_named(postgres: Postgres) -> None:
 def test_secrets_are_made_once_and_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     """What is there stays: its users have it already."""
     command = [sys.executable, ROOT / "docker" / "pipeline.py", "make-secrets", tmp_path / "a", tmp_path / "b"]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=HANG_S)
     first = (tmp_path / "a").read_text()
     (tmp_path / "b").unlink()
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=HANG_S)
     assert (tmp_path / "a").read_text() == first
     assert len(first) == 48
     assert (tmp_path / "b").read_text() not in ("", first)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import HANG_S, ROOT, clean_environment
 from tests.serving.gateway.conftest import Here, LoopThread, start_gateway, stop_gateway
 
 
@@ -28,6 +28,6 @@ def run(script: str, *, python: bool = False, home: Path | None = None) -> str:
     words = [sys.executable, "-c", script] if python else ["bash", "-euo", "pipefail", "-c", script]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = clean_environment(PATH=path, **({"CURL_HOME": str(home)} if home else {}))
-    done = subprocess.run(words, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(words, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=HANG_S)
     assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
     return done.stdout

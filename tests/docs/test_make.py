@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 
 PROTOS = ROOT / "serving" / "protos"
 
@@ -37,6 +37,6 @@ def test_make_sbom_names_what_each_image_installs(tmp_path: Path) -> None:
 
 
 def make(*words: str) -> str:
-    done = subprocess.run(["make", *words], cwd=ROOT, text=True, capture_output=True, timeout=120)
+    done = subprocess.run(["make", *words], cwd=ROOT, text=True, capture_output=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -20,7 +20,7 @@ from serving.gateway.metrics import Metrics
 from serving.gateway.schema import ROUTES
 from serving.gateway.settings import Settings
 from serving.model_server.flags import parse
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import HANG_S, ROOT, clean_environment
 from tests.docs.commands import documented
 
 OVERLAYS = ("overlays/local", "overlays/embedded", "overlays/production", "overlays/kserve", "jobs/training")
@@ -34,7 +34,6 @@ RELEASE_LABELS = {"digits/role": "release"}
 
 LONG_RUNNING = {"Deployment", "StatefulSet", "InferenceService"}
 TOOLS = ROOT / ".tools" / "bin"
-HANG_S = 300
 
 Resource = dict[str, Any]
 

@@ -19,12 +19,11 @@ from ruamel.yaml import YAML
 from pipelines import ledger, prefect_server, serving_config
 from pipelines.settings import Settings
 from serving.protos import digits_pb2
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import HANG_S, ROOT, clean_environment
 from tests.serving.gateway.conftest import Here, LoopThread, random_images, start_gateway, stop_gateway
 from tests.stack.conftest import free_ports
 
 MONITORING = ROOT / "monitoring"
-HANG_S = 60  # a hang's limit, not a claim about speed
 
 
 def read_yaml(path: Path) -> Any:
@@ -80,13 +79,13 @@ class Prometheus:
         while time.monotonic() < deadline:
             assert self.process.poll() is None, "Prometheus ended"
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://{self.address}/-/ready", timeout=10).status_code == 200:
+                if httpx.get(f"http://{self.address}/-/ready", timeout=HANG_S).status_code == 200:
                     return
             time.sleep(0.1)
         pytest.fail("Prometheus was never ready")
 
     def get(self, path: str, **params: str) -> Any:
-        answer = httpx.get(f"http://{self.address}/api/v1/{path}", params=params, timeout=10)
+        answer = httpx.get(f"http://{self.address}/api/v1/{path}", params=params, timeout=HANG_S)
         assert answer.status_code == 200, answer.text
         return answer.json()["data"]
 
@@ -162,7 +161,7 @@ def record_release(settings: Settings) -> None:
 
 def make_runs(api_url: str) -> None:
     """A release that failed, and then one that completed with one task, as Prefect's API takes them from a flow."""
-    with httpx.Client(base_url=api_url, timeout=30) as api:
+    with httpx.Client(base_url=api_url, timeout=HANG_S) as api:
         flow = api.post("/flows/", json={"name": "release"}).json()["id"]
         for state in ("FAILED", "COMPLETED"):
             run = api.post("/flow_runs/", json={"flow_id": flow, "state": {"type": "PENDING"}}).json()["id"]

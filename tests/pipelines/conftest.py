@@ -14,7 +14,7 @@ from pipelines import prefect_server, versioning
 from pipelines.arrays import idx_header, read_images, read_labels
 from pipelines.dataset import digest_of
 from pipelines.settings import Settings
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import HANG_S, ROOT, clean_environment
 
 TRAIN, TEST = 400, 200
 """Images of a team's own data."""
@@ -36,7 +36,7 @@ stages:
 """
 
 
-def run(project: Path, *words: str, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(project: Path, *words: str, timeout_s: float = HANG_S, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python -m …` in a project, without a terminal."""
     return subprocess.run(
         [sys.executable, "-m", *words], cwd=project, env=environment_for(project, **environment), text=True,

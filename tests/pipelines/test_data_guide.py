@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from pipelines import versioning
 from pipelines.arrays import read_images
 from pipelines.settings import Settings
-from tests.conftest import ANY_ROBUSTNESS, copy_checkout
+from tests.conftest import ANY_ROBUSTNESS, HANG_S, copy_checkout
 from tests.docs.commands import documented
 from tests.pipelines.conftest import TRAIN, environment_for, run, write_idx
 
@@ -45,7 +45,7 @@ def test_the_data_guide_can_be_followed(team: Settings, mnist: tuple, tmp_path: 
             images.write_bytes(images.read_bytes()[:-784] + bytes(784))
         done = subprocess.run(
             ["bash", "-euc", command.text.replace("COMMIT", "HEAD")], cwd=project, env=environment, text=True,
-            capture_output=True, input="y\n", timeout=120,
+            capture_output=True, input="y\n", timeout=HANG_S,
         )  # fmt: skip
         assert done.returncode == 0, f"{command.text}\n{done.stdout}{done.stderr}"
         counts[command.text] = len(read_images(images))
@@ -76,7 +76,7 @@ def test_data_of_ones_own_go_through_every_stage(mnist: tuple, tmp_path: Path) -
     with (project / "params.yaml").open("w") as file:
         yaml.dump(params, file)
     for words in (("dvc", "add", "data"), ("dvc", "repro"), ("pipelines", "release")):
-        done = run(project, *words, timeout_s=600)
+        done = run(project, *words)
         assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     assert json.loads((project / "artifacts" / "evaluate" / "metrics.json").read_text())["accuracy"] > 0.93
     assert (project / "models" / "digits" / "1" / "saved_model.pb").exists()

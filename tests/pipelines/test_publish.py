@@ -19,6 +19,7 @@ from pipelines.promotion import promote, rollback
 from pipelines.publish import PublishError, publish
 from pipelines.settings import Settings
 from pipelines.versions import newest_version
+from tests.conftest import HANG_S
 from tests.pipelines.conftest import environment_for
 from tests.pipelines.killing import die_at
 
@@ -195,7 +196,7 @@ def test_two_publishers_at_once_make_one_version(candidate, toy: Path) -> None:
         subprocess.Popen(command, cwd=toy, env=environment_for(toy), stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    said = sorted(process.communicate(timeout=60)[0].strip() for process in both)
+    said = sorted(process.communicate(timeout=HANG_S)[0].strip() for process in both)
     assert said == ["version 1 holds these weights already", "version 1 published"]
     assert versions(settings) == ["1"]
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.conftest import ANY_ROBUSTNESS, clean_environment, copy_checkout, running_below
+from tests.conftest import ANY_ROBUSTNESS, HANG_S, clean_environment, copy_checkout, running_below
 
 STAGES = ["validate", "prepare", "train", "twin", "evaluate", "probe", "gate", "export"]
 PNG_MAGIC = b"\x89PNG"
 
 
-def run(root: Path, *module_and_arguments: str, timeout_s: float = 280) -> subprocess.CompletedProcess[str]:
+def run(root: Path, *module_and_arguments: str, timeout_s: float = HANG_S) -> subprocess.CompletedProcess[str]:
     """`python -m …` in a checkout, without a terminal."""
     return subprocess.run(
         [sys.executable, "-m", *module_and_arguments], cwd=root, env=environment(), capture_output=True, text=True,
@@ -83,7 +83,7 @@ def kill_during(root: Path, stage: str) -> None:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
+        process.wait(HANG_S)
 
 
 def test_killed_at_any_stage_the_next_run_finishes(small: Path) -> None:

@@ -23,6 +23,7 @@ import pytest
 from pipelines import ledger, serving_config, versioning
 from pipelines.locks import only_one
 from pipelines.settings import Settings
+from tests.conftest import HANG_S
 from tests.pipelines.conftest import environment_for, run
 from tests.stack.conftest import free_ports
 
@@ -249,8 +250,8 @@ def test_killed_release_takes_its_stage_along_and_the_next_one_completes(toy: Pa
     started = below(process)
     assert len(started) >= 2  # DVC, perhaps a shell, and the stage
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
-    _, alive = psutil.wait_procs(started, timeout=20)
+    process.wait(HANG_S)
+    _, alive = psutil.wait_procs(started, timeout=HANG_S)
     assert alive == [], stage
     (toy / "weights.txt").write_text("first")
     done = release(toy, prefect_url)
@@ -272,11 +273,11 @@ def test_release_stopped_on_request_leaves_nothing_half_done(toy: Path, prefect_
     else:
         state = {"state": {"type": "CANCELLING"}, "force": False}
         httpx.post(f"{prefect_url}/flow_runs/{last_run(prefect_url)['id']}/set_state", json=state).raise_for_status()
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=HANG_S)
     assert process.returncode == 130, stderr
     assert "cancelled   the served version stays; the next release goes on from here" in stderr
     assert "Traceback" not in stderr
-    assert psutil.wait_procs(started, timeout=20)[1] == []
+    assert psutil.wait_procs(started, timeout=HANG_S)[1] == []
     assert last_run(prefect_url)["state_type"] == "CANCELLED"
     (toy / "weights.txt").write_text("first")
     done = release(toy, prefect_url)
@@ -284,13 +285,20 @@ def test_release_stopped_on_request_leaves_nothing_half_done(toy: Path, prefect_
     assert versions(toy) == ["1"]
 
 
-def wait_until(there: Callable[[], T], limit_s: float = 90) -> T:
+def wait_until(there: Callable[[], T], limit_s: float = HANG_S) -> T:
     """What it gives as soon as that is something."""
     deadline = time.monotonic() + limit_s
     while not (found := there()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     return found
+
+
+def heeds(process: subprocess.Popen, number: signal.Signals) -> bool:
+    """Has it a handler of its own for a signal?"""
+    caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    assert caught is not None
+    return bool(int(caught[1], 16) >> number - 1 & 1)
 
 
 def below(process: subprocess.Popen) -> list[psutil.Process]:
@@ -328,10 +336,10 @@ def test_schedule_survives_a_stop_and_allows_one_release_at_a_time(toy: Path, pr
     )  # fmt: skip
     assert process.stdout is not None
     assert "releases at '0 3 * * *'" in process.stdout.readline()
-    time.sleep(1)  # it listens for SIGTERM a moment after it has said so
+    wait_until(lambda: heeds(process, signal.SIGTERM))  # a moment after it has said so
     process.send_signal(signal.SIGTERM)
     try:
-        assert process.wait(120) == 0
+        assert process.wait(HANG_S) == 0
     finally:
         process.kill()
     deployment = httpx.get(f"{prefect_url}/deployments/name/release/nightly").json()
@@ -359,7 +367,7 @@ def test_schedule_alone_plans_releases_and_one_outlives_its_prefect_server(toy: 
         said = process.stdout.readline()
         assert said == f"releases at '0 3 * * *' (UTC); Prefect's UI: http://127.0.0.1:{port}; stop: Ctrl-C\n"
         planned = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
-        runs = wait_until(lambda: httpx.post(f"{url}/flow_runs/filter", json=planned).json(), limit_s=60)
+        runs = wait_until(lambda: httpx.post(f"{url}/flow_runs/filter", json=planned).json())
         assert all("T03:00:00" in run["expected_start_time"] for run in runs)
         assert "<title>Prefect" in httpx.get(f"http://127.0.0.1:{port}/", follow_redirects=True).text
 
@@ -371,13 +379,13 @@ def test_schedule_alone_plans_releases_and_one_outlives_its_prefect_server(toy: 
         (toy / "go").touch()
         run_url = f"{url}/flow_runs/{started.json()['id']}"
         ends = ("COMPLETED", "FAILED", "CRASHED")
-        wait_until(lambda: httpx.get(run_url, timeout=60).json()["state_type"] in ends, limit_s=180)
+        wait_until(lambda: httpx.get(run_url, timeout=HANG_S).json()["state_type"] in ends)
         assert httpx.get(run_url).json()["state_type"] == "COMPLETED"
         assert not server.is_running()
         assert versions(toy) == ["1"]
 
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 0
+        assert process.wait(HANG_S) == 0
     finally:
         process.kill()
 
@@ -399,7 +407,7 @@ def test_releases_every_two_minutes_publish_only_what_passes(toy: Path) -> None:
 
     def ended(count: int) -> list[dict]:
         try:
-            runs = httpx.post(f"{url}/flow_runs/filter", json=body, timeout=60).json()
+            runs = httpx.post(f"{url}/flow_runs/filter", json=body, timeout=HANG_S).json()
         except httpx.TransportError:  # the server is still starting
             return []
         return runs if len(runs) >= count else []
@@ -408,7 +416,7 @@ def test_releases_every_two_minutes_publish_only_what_passes(toy: Path) -> None:
         for at, (weights, accuracy) in enumerate((("first", 0.99), ("worse", 0.42), ("better", 0.98)), 1):
             (toy / "weights.txt").write_text(weights)
             (toy / "accuracy.txt").write_text(str(accuracy))
-            runs = wait_until(lambda at=at: ended(at), limit_s=280)
+            runs = wait_until(lambda at=at: ended(at))
         assert [run["state_name"] for run in runs] == ["Completed", "Rejected", "Completed"]
         assert all(run["auto_scheduled"] for run in runs)
         minutes = [datetime.fromisoformat(run["expected_start_time"]).minute for run in runs]
@@ -416,7 +424,7 @@ def test_releases_every_two_minutes_publish_only_what_passes(toy: Path) -> None:
         assert [(b - a) % 60 for a, b in itertools.pairwise(minutes)] == [2, 2]
         assert versions(toy) == ["1", "2"]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 0
+        assert process.wait(HANG_S) == 0
     finally:
         process.kill()
 

@@ -17,7 +17,7 @@ from pipelines import versioning
 from pipelines.dataset import DataError
 from pipelines.ingest import ingest
 from pipelines.settings import Settings
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 from tests.pipelines.conftest import run
 
 KEYS = {"AWS_ACCESS_KEY_ID": "digits", "AWS_SECRET_ACCESS_KEY": "digits", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -45,7 +45,7 @@ def s3_url() -> Iterator[str]:
         yield url
     finally:
         server.kill()
-        server.wait(10)
+        server.wait(HANG_S)
 
 
 def s3_client(url: str) -> "boto3.client":

@@ -21,7 +21,7 @@ from pipelines.promotion import PromotionError, promote, rollback
 from pipelines.run import model_server_command
 from pipelines.settings import Settings
 from pipelines.versions import find_version
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import HANG_S, ROOT, clean_environment
 from tests.pipelines.test_promotion import add_version
 from tests.stack.conftest import free_ports
 
@@ -76,7 +76,7 @@ def png() -> bytes:
     return buffer.getvalue()
 
 
-def wait_for(what: str, there: object, limit_s: float = 60) -> None:
+def wait_for(what: str, there: object, limit_s: float = HANG_S) -> None:
     deadline = time.monotonic() + limit_s
     while True:
         with contextlib.suppress(httpx.HTTPError):
@@ -163,7 +163,7 @@ def test_rollback_command_from_its_start_to_the_gateways_answer(served: Served) 
     process = subprocess.Popen(command, cwd=served.settings.project, env=environment, stdout=subprocess.PIPE, text=True)
     wait_for("the gateway's answer", lambda: served.labelled() == "1")
     seconds = time.monotonic() - started
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=HANG_S)[0]
     assert said.startswith("version 1 is served, in place of 2 (")
     assert "the model server says so too" in said
     print(f"\nrollback, from the command to the gateway's answer: {seconds:.2f} s")

@@ -22,6 +22,7 @@ import pytest
 from pipelines.dataset import DataError
 from pipelines.run import model_server_command, supervisor_config, why_not_up_to_date
 from pipelines.settings import Settings
+from tests.conftest import HANG_S
 from tests.pipelines.conftest import environment_for, run
 
 # Servers that start at once, in place of ours: what is tried here is what keeps them running, not they.
@@ -35,7 +36,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["DIGITS_REST_PORT"])), Handler).serve_forever()
 """
-MODEL_SERVER = "import sys, time; print(*sys.argv[1:], flush=True); time.sleep(600)"
+MODEL_SERVER = "import sys, time; print(*sys.argv[1:], flush=True); time.sleep(3600)"
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ class Running:
         assert self.process.stdout is not None
         self.said.extend(iter(self.process.stdout.readline, ""))
 
-    def wait_for(self, words: str, limit_s: float = 60) -> None:
+    def wait_for(self, words: str, limit_s: float = HANG_S) -> None:
         deadline = time.monotonic() + limit_s
         while not any(words in line for line in self.said):
             assert time.monotonic() < deadline, "".join(self.said)
@@ -123,7 +124,7 @@ def test_serves_at_once_restarts_what_falls_over_and_stops_cleanly(served: Path)
         stack.wait_for(
             "gateway stopped (exit status 3; not expected); starting it again. Its log: run/logs/gateway.log"
         )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + HANG_S
         after = before
         while after == before:
             assert time.monotonic() < deadline
@@ -134,8 +135,8 @@ def test_serves_at_once_restarts_what_falls_over_and_stops_cleanly(served: Path)
         processes = stack.everything()
         assert len(processes) == 4  # itself, supervisord, two servers
         stack.process.send_signal(signal.SIGINT)
-        assert stack.process.wait(30) == 0
-        assert psutil.wait_procs(processes, timeout=10)[1] == []
+        assert stack.process.wait(HANG_S) == 0
+        assert psutil.wait_procs(processes, timeout=HANG_S)[1] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -146,8 +147,8 @@ def test_killed_it_leaves_no_process_behind(served: Path, number: signal.Signals
         processes = stack.everything()
         assert len(processes) == 4
         stack.process.send_signal(number)
-        stack.process.wait(30)
-        assert psutil.wait_procs(processes, timeout=30)[1] == []
+        stack.process.wait(HANG_S)
+        assert psutil.wait_procs(processes, timeout=HANG_S)[1] == []
 
 
 def test_server_that_never_starts_ends_it_with_the_servers_last_words_and_stops_the_release(served: Path) -> None:
@@ -155,15 +156,15 @@ def test_server_that_never_starts_ends_it_with_the_servers_last_words_and_stops_
     (served / "serving" / "gateway" / "__main__.py").write_text(
         "import sys; sys.exit('error: no such file: page.html')"
     )
-    (served / "weights.txt").write_text("slow")  # for ten minutes
+    (served / "weights.txt").write_text("slow")  # for an hour
     with running(served) as stack:
         stack.wait_for("release: changed: evaluate")
-        assert stack.process.wait(60) == 1
-        stack.wait_for("error: a server stopped again and again", 5)
+        assert stack.process.wait(HANG_S) == 1
+        stack.wait_for("error: a server stopped again and again")
         assert any("gateway: error: no such file: page.html" in line for line in stack.said)
         assert not any("Traceback" in line for line in stack.said)
         left = [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(served)]
-        assert psutil.wait_procs(left, timeout=10)[1] == []
+        assert psutil.wait_procs(left, timeout=HANG_S)[1] == []
 
 
 def test_port_in_use_is_named_with_its_owner(served: Path) -> None:

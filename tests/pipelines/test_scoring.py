@@ -22,7 +22,7 @@ from pipelines.arrays import BadInput, idx_header
 from pipelines.scoring.job import JobError, Tally, finish, plan, profile_shard, require_plausible, score_shard
 from pipelines.scoring.scorers import GatewayScorer, ScorerUnavailable, ScoringFailed, Spec, count_classes, spec_of
 from pipelines.settings import Settings
-from tests.conftest import running_below
+from tests.conftest import HANG_S, running_below
 from tests.pipelines.conftest import environment_for
 from tests.serving.gateway.conftest import Here, LoopThread, start_gateway, stop_gateway
 from tests.serving.gateway.upstream_server import expected_probabilities
@@ -232,7 +232,7 @@ def test_killed_job_goes_on_and_a_killed_dask_worker_loses_no_row(
     first = subprocess.Popen(command, cwd=toy, env=environment_for(toy, PREFECT_API_URL=prefect_url))
     wait_for(lambda: len(list(parts.glob("0*.csv"))) >= 3, first)
     first.send_signal(signal.SIGKILL)
-    first.wait(10)
+    first.wait(HANG_S)
     kept = {path.name: path.stat().st_mtime_ns for path in parts.glob("0*.csv")}
     assert 3 <= len(kept) < 12
     assert not output.exists()
@@ -249,7 +249,7 @@ def test_killed_job_goes_on_and_a_killed_dask_worker_loses_no_row(
     workers = [p for p, line in running_below(second.pid) if "spawn_main" in line and psutil.pid_exists(p.pid)]
     assert len(workers) == 2
     workers[0].send_signal(signal.SIGKILL)
-    said, _ = second.communicate(timeout=240)
+    said, _ = second.communicate(timeout=HANG_S)
     assert second.returncode == 0
     told = json.loads(said.splitlines()[-1])
     assert (told["rows"], told["failed"], told["rows_by_this_run"]) == (16_000, 0, 16_000 - 1000 * len(kept))

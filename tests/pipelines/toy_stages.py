@@ -35,7 +35,7 @@ def evaluate() -> None:
         sys.exit("error: the loss is not a number; lower the learning rate")
     if weights == "slow":
         print("epoch 1", flush=True)
-        time.sleep(600)
+        time.sleep(3600)
     while weights == "waiting" and not Path("go").exists():
         time.sleep(0.1)
     sha256 = hashlib.sha256(weights.encode()).hexdigest()

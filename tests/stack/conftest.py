@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-from tests.conftest import OUTPUT, clean_environment, copy_checkout
+from tests.conftest import HANG_S, OUTPUT, clean_environment, copy_checkout
 
 FIRST_ANSWER_S = 900  # a hang's limit, not a claim about speed: training shares two cores with the other tests
 
@@ -81,7 +82,7 @@ def start_run(root: Path, environment: dict[str, str], log: Path) -> subprocess.
         )  # fmt: skip
 
 
-def stop_run(process: subprocess.Popen, limit_s: float = 60) -> int:
+def stop_run(process: subprocess.Popen, limit_s: float = HANG_S) -> int:
     """Ctrl-C, as a person would; a kill only if that does not end it."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
@@ -103,10 +104,19 @@ def run_environment(ports: list[int]) -> dict[str, str]:
     )
 
 
+def in_less_time(params: dict[str, Any]) -> None:
+    """The quick profile with twelve epochs for its twenty; test_quick_profile.py has it in full.
+
+    Its network, data and limits are the same: it reads 99.3 % of the test images right and passes the gate.
+    """
+    params["train"]["epochs"], params["twin"]["epochs"] = 12, 1
+    params["evaluate"] |= {"robustness_images": 500, "nondigit_images": 100}
+
+
 @pytest.fixture(scope="session")
 def stack(raw_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The whole path on the real 70,000 images, from a fresh checkout to a ready gateway."""
-    root = copy_checkout(tmp_path_factory.mktemp("checkout"))
+    root = copy_checkout(tmp_path_factory.mktemp("checkout"), in_less_time)
     ports = free_ports(4)
     environment = run_environment(ports)
     OUTPUT.mkdir(exist_ok=True)

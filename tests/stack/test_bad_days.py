@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import ROOT, running_below
+from tests.conftest import HANG_S, ROOT, running_below
 from tests.stack.conftest import Stack, free_ports, run_environment, tail
 from tests.stack.test_bad_requests import drawn_seven, encode
 
@@ -25,11 +25,11 @@ def child_running(stack: Stack, module: str) -> psutil.Process:
     pytest.fail(f"no process of the stack runs {module}:\n{tail(stack.log)}")
 
 
-def wait_for_seven(stack: Stack, limit_s: float = 120) -> None:
+def wait_for_seven(stack: Stack, limit_s: float = HANG_S) -> None:
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
-            answer = httpx.post(stack.rest_url + "/classify", content=encode(drawn_seven()), timeout=10)
+            answer = httpx.post(stack.rest_url + "/classify", content=encode(drawn_seven()), timeout=HANG_S)
             if answer.status_code == 200:
                 assert answer.json()["digit"] == 7
                 return
@@ -41,7 +41,7 @@ def test_a_killed_gateway_is_started_again(stack: Stack) -> None:
     """Kill -9 of the gateway: another takes its place and answers."""
     before = child_running(stack, "serving.gateway")
     before.kill()
-    before.wait(10)
+    before.wait(HANG_S)
     wait_for_seven(stack)
     assert child_running(stack, "serving.gateway").pid != before.pid
 
@@ -50,10 +50,10 @@ def test_a_killed_model_server_is_a_clean_error_and_comes_back(stack: Stack) -> 
     """Kill -9 of the model server: callers get 503 or 504 with a code, and it comes back by itself."""
     before = child_running(stack, "serving.model_server")
     before.kill()
-    before.wait(10)
+    before.wait(HANG_S)
     seen = set()
     for _ in range(20):
-        answer = httpx.post(stack.rest_url + "/classify", content=encode(drawn_seven()), timeout=60)
+        answer = httpx.post(stack.rest_url + "/classify", content=encode(drawn_seven()), timeout=HANG_S)
         seen.add(answer.status_code)
         if answer.status_code != 200:
             assert answer.json()["error"]["code"] in {"model_unavailable", "deadline_exceeded", "overloaded"}
@@ -81,7 +81,7 @@ def test_a_port_in_use_is_one_line_and_stops(raw_data: Path, setting: str) -> No
         environment = run_environment(free_ports(4)) | {setting: str(port)}
         run = subprocess.run(
             [sys.executable, "-m", "pipelines", "run"], cwd=ROOT, env=environment, capture_output=True, text=True,
-            timeout=60,
+            timeout=HANG_S,
         )  # fmt: skip
     assert run.returncode not in (0, None)
     (line,) = run.stderr.strip().splitlines()
@@ -98,7 +98,7 @@ def test_an_unwritable_folder_is_one_line_and_stops(raw_data: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
     )
     assert run.returncode not in (0, None)
     (line,) = run.stderr.strip().splitlines()

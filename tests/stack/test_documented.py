@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import HANG_S
 from tests.docs.commands import documented
 from tests.stack.conftest import Stack
 
@@ -18,7 +19,7 @@ def test_a_documented_command_does_what_it_says(stack: Stack, tmp_path: Path, co
     addresses = {"DIGITS_URL": stack.rest_url, "DIGITS_ADDRESS": stack.grpc_address, "CURL_HOME": str(tmp_path)}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command.replace("localhost:8080", stack.rest_url)],
-        cwd=stack.root, env={**stack.environment, **addresses}, text=True, capture_output=True, timeout=120,
+        cwd=stack.root, env={**stack.environment, **addresses}, text=True, capture_output=True, timeout=HANG_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip()

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from serving.protos import digits_pb2
+from tests.conftest import HANG_S
 from tests.stack.conftest import Stack, free_ports
 from tests.stack.test_bad_requests import drawn_seven, encode
 
@@ -39,10 +40,10 @@ def prometheus(stack: Stack, tmp_path: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(HANG_S)
 
 
-def ask(prometheus: str, query: str, limit_s: float = 30) -> list[dict]:
+def ask(prometheus: str, query: str, limit_s: float = HANG_S) -> list[dict]:
     """The series a query gives, waiting until there are any."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from digits.contract import OUTPUT_DIGIT, OUTPUT_PROBABILITIES, SIGNATURE
 from serving.protos import digits_pb2, digits_pb2_grpc
-from tests.conftest import running_below
+from tests.conftest import HANG_S, running_below
 from tests.stack.conftest import Stack, start_run, stop_run
 from tests.stack.test_bad_requests import drawn_seven, encode
 
@@ -178,7 +178,7 @@ def test_ctrl_c_leaves_nothing_running_and_a_second_run_reuses_everything(stack:
     started = [process for process, _ in running_below(stack.process.pid)]
     assert started
     assert stop_run(stack.process) == 0
-    _, left = psutil.wait_procs(started, timeout=10)
+    _, left = psutil.wait_procs(started, timeout=HANG_S)
     assert left == []
 
     lines_before = len(stack.log.read_text().splitlines())

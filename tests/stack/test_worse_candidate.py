@@ -8,6 +8,7 @@ import httpx
 import numpy as np
 import yaml
 
+from tests.conftest import HANG_S
 from tests.stack.conftest import Stack
 from tests.stack.test_bad_requests import drawn_seven, encode
 
@@ -25,14 +26,14 @@ def test_a_worse_candidate_is_rejected_and_the_served_version_stays(stack: Stack
     for limits in ("doubtful_labels", "contradicted_labels"):
         params["validate"][limits] = {"warn": 1, "stop": 1}
     params["validate"]["drift"] = {"warn": 100, "stop": 100}
-    params["train"]["epochs"] = params["twin"]["epochs"] = 1
+    params["train"]["epochs"] = 1
     params_file.write_text(yaml.safe_dump(params))
     dvc_add = [sys.executable, "-m", "dvc", "add", "-q", "data"]
     subprocess.run(dvc_add, cwd=stack.root, env=stack.environment, check=True)
 
     release = subprocess.run(
         [sys.executable, "-m", "pipelines", "release"], cwd=stack.root, env=stack.environment, capture_output=True,
-        text=True, stdin=subprocess.DEVNULL, timeout=280,
+        text=True, stdin=subprocess.DEVNULL, timeout=HANG_S,
     )  # fmt: skip
     said = release.stdout + release.stderr
     assert release.returncode == 3, said

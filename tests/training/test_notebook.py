@@ -8,10 +8,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "digits.ipynb"
-HANG_S = 600
 MOST_BYTES = 1_000_000
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import ROOT, running_below
+from tests.conftest import HANG_S, ROOT, running_below
 from training import probe
 from training.workspace import import_tensorflow_quietly
 
@@ -59,6 +59,6 @@ def test_the_server_does_not_outlive_a_probe_that_is_killed(tmp_path: Path) -> N
     assert parent.stdout
     server = psutil.Process(int(parent.stdout.readline()))
     parent.send_signal(signal.SIGKILL)
-    parent.wait(10)
-    server.wait(60)
+    parent.wait(HANG_S)
+    server.wait(HANG_S)
     parent.stdout.close()

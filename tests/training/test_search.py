@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from ruamel.yaml import YAML
 
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import HANG_S, ROOT, clean_environment
 from tests.training import toy_worker
 from tests.training.conftest import small_params
 from training.params import BadParams, Params, change_params, load_params
@@ -25,7 +25,6 @@ from training.search.space import build_space, experiment_command, fragment
 from training.search.study import SearchStopped
 from training.workspace import BadArtifact, Split, Workspace, save_split
 
-HANG_S = 300
 SPACE: dict[str, Any] = {
     "train.learning_rate": {"low": 0.001, "high": 0.03, "log": True},
     "model.activation": ["relu", "gelu"],

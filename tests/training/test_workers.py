@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import HANG_S, ROOT, clean_environment
 from tests.training.conftest import make_workspace
 from training.params import BadParams, Params
 from training.workspace import Split, Workspace, import_tensorflow_quietly
-
-HANG_S = 300
 
 
 def free_addresses(count: int) -> list[str]:

@@ -6,6 +6,7 @@ here is used in it. Each image draws its own direction, place or noise, and draw
 amount grows.
 """
 
+import copy
 import zlib
 from collections.abc import Callable
 
@@ -13,12 +14,14 @@ import numpy as np
 from scipy import ndimage
 
 from digits.contract import IMAGE_HEIGHT, IMAGE_WIDTH
-from training.robustness.strokes import draw_lines, to_u8
+from training.robustness.strokes import distance_to_lines, ink_of_lines, to_u8
 
 STRENGTHS = (1, 2, 3, 4, 5)
 
 _CENTRE = np.array([IMAGE_WIDTH - 1, IMAGE_HEIGHT - 1]) / 2
-_Damage = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
+_Drawn = Callable[[float], np.ndarray]
+"""Damages by an amount. All that chance decides is drawn before, and costs time only once."""
+_Damage = Callable[[np.ndarray, np.random.Generator], _Drawn]
 
 
 def corrupt(images_u8: np.ndarray, kind: str, strength: int, seed: int) -> np.ndarray:
@@ -33,66 +36,84 @@ def corrupt(images_u8: np.ndarray, kind: str, strength: int, seed: int) -> np.nd
     Returns:
         uint8 (N, 28, 28).
     """
+    return corrupt_at_will(images_u8, kind, seed)(strength)
+
+
+def corrupt_at_will(images_u8: np.ndarray, kind: str, seed: int) -> Callable[[int], np.ndarray]:
+    """``corrupt`` as a function of the strength: quicker where several are asked for."""
     damage, amounts = CORRUPTIONS[kind]
     rng = np.random.default_rng([seed, zlib.crc32(kind.encode())])
-    ink = images_u8.astype(np.float32) / 255.0
-    return to_u8(damage(ink, amounts[STRENGTHS.index(strength)], rng))
+    drawn = damage(images_u8.astype(np.float32) / 255.0, rng)
+    return lambda strength: to_u8(drawn(amounts[STRENGTHS.index(strength)]))
 
 
-def _noise(ink: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
-    return ink + deviation * rng.standard_normal(ink.shape, np.float32)
+def _noise(ink: np.ndarray, rng: np.random.Generator) -> _Drawn:
+    noise = rng.standard_normal(ink.shape, np.float32)
+    return lambda deviation: ink + deviation * noise
 
 
-def _shot(ink: np.ndarray, faintness: float, rng: np.random.Generator) -> np.ndarray:
+def _shot(ink: np.ndarray, rng: np.random.Generator) -> _Drawn:
     """As few photons as 1 / faintness where the ink is full, and a little stray light on the paper."""
-    photons = 1.0 / faintness
-    return rng.poisson((ink + 0.05) * photons) / photons - 0.05
+
+    def damage(faintness: float) -> np.ndarray:
+        photons = 1.0 / faintness
+        return copy.deepcopy(rng).poisson((ink + 0.05) * photons) / photons - 0.05
+
+    return damage
 
 
-def _impulse(ink: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+def _impulse(ink: np.ndarray, rng: np.random.Generator) -> _Drawn:
     chance, value = rng.random(ink.shape, np.float32), rng.integers(0, 2, ink.shape)
-    return np.where(chance < share, value, ink)
+    return lambda share: np.where(chance < share, value, ink)
 
 
-def _blur(ink: np.ndarray, sigma_px: float, _rng: np.random.Generator) -> np.ndarray:
-    return ndimage.gaussian_filter(ink, (0, sigma_px, sigma_px), mode="constant")
+def _blur(ink: np.ndarray, _rng: np.random.Generator) -> _Drawn:
+    return lambda sigma_px: ndimage.gaussian_filter(ink, (0, sigma_px, sigma_px), mode="constant")
 
 
-def _shear(ink: np.ndarray, slope: float, rng: np.random.Generator) -> np.ndarray:
-    slopes = slope * _signs(len(ink), rng)
-    return _warp(ink, _matrices(xy=slopes))
+def _shear(ink: np.ndarray, rng: np.random.Generator) -> _Drawn:
+    signs = _signs(len(ink), rng)
+    return lambda slope: _warp(ink, _matrices(xy=slope * signs))
 
 
-def _rotation(ink: np.ndarray, angle_deg: float, rng: np.random.Generator) -> np.ndarray:
-    angles = np.radians(angle_deg) * _signs(len(ink), rng)
-    cos, sin = np.cos(angles), np.sin(angles)
-    return _warp(ink, _matrices(xx=cos, xy=-sin, yx=sin, yy=cos))
+def _rotation(ink: np.ndarray, rng: np.random.Generator) -> _Drawn:
+    signs = _signs(len(ink), rng)
+
+    def damage(angle_deg: float) -> np.ndarray:
+        angles = np.radians(angle_deg) * signs
+        cos, sin = np.cos(angles), np.sin(angles)
+        return _warp(ink, _matrices(xx=cos, xy=-sin, yx=sin, yy=cos))
+
+    return damage
 
 
-def _scale(ink: np.ndarray, factor: float, _rng: np.random.Generator) -> np.ndarray:
-    # Blurred first where it shrinks, or thin strokes would fall between the samples.
-    smooth = ndimage.gaussian_filter(ink, (0, *[0.35 * (1 / factor - 1)] * 2), mode="constant")
-    inverse = np.full(len(ink), 1 / factor)
-    return _warp(smooth, _matrices(xx=inverse, yy=inverse))
+def _scale(ink: np.ndarray, _rng: np.random.Generator) -> _Drawn:
+    def damage(factor: float) -> np.ndarray:
+        # Blurred first where it shrinks, or thin strokes would fall between the samples.
+        smooth = ndimage.gaussian_filter(ink, (0, *[0.35 * (1 / factor - 1)] * 2), mode="constant")
+        inverse = np.full(len(ink), 1 / factor)
+        return _warp(smooth, _matrices(xx=inverse, yy=inverse))
+
+    return damage
 
 
-def _translation(ink: np.ndarray, distance_px: float, rng: np.random.Generator) -> np.ndarray:
+def _translation(ink: np.ndarray, rng: np.random.Generator) -> _Drawn:
     angles = rng.uniform(0, 2 * np.pi, len(ink))
-    return _warp(ink, _matrices(xx=np.ones(len(ink))), distance_px * np.stack([np.cos(angles), np.sin(angles)], axis=1))
+    directions, still = np.stack([np.cos(angles), np.sin(angles)], axis=1), _matrices(xx=np.ones(len(ink)))
+    return lambda distance_px: _warp(ink, still, distance_px * directions)
 
 
-def _brightness(ink: np.ndarray, added: float, _rng: np.random.Generator) -> np.ndarray:
-    return ink + added
+def _brightness(ink: np.ndarray, _rng: np.random.Generator) -> _Drawn:
+    return lambda added: ink + added
 
 
-def _stripe(ink: np.ndarray, width_px: float, rng: np.random.Generator) -> np.ndarray:
+def _stripe(ink: np.ndarray, rng: np.random.Generator) -> _Drawn:
     """An upright stripe through the digit, in which ink and paper are swapped."""
-    middle = rng.uniform(8, 19, (len(ink), 1, 1))
-    inside = np.abs(np.arange(IMAGE_WIDTH) - middle) < width_px / 2
-    return np.where(inside, 1.0 - ink, ink)
+    from_middle = np.abs(np.arange(IMAGE_WIDTH) - rng.uniform(8, 19, (len(ink), 1, 1)))
+    return lambda width_px: np.where(from_middle < width_px / 2, 1.0 - ink, ink)
 
 
-def _fog(ink: np.ndarray, density: float, rng: np.random.Generator) -> np.ndarray:
+def _fog(ink: np.ndarray, rng: np.random.Generator) -> _Drawn:
     """Clouds of three sizes that brighten paper and ink alike."""
     clouds = np.zeros_like(ink)
     for sigma_px, weight in ((6.0, 4.0), (3.0, 2.0), (1.5, 1.0)):
@@ -100,27 +121,30 @@ def _fog(ink: np.ndarray, density: float, rng: np.random.Generator) -> np.ndarra
         layer = ndimage.gaussian_filter(grain, (0, sigma_px, sigma_px), mode="wrap")
         clouds += weight * layer / layer.std(axis=(1, 2), keepdims=True)
     low, high = clouds.min(axis=(1, 2), keepdims=True), clouds.max(axis=(1, 2), keepdims=True)
-    return 1.0 - (1.0 - ink) * (1.0 - density * (clouds - low) / (high - low))
+    return lambda density: 1.0 - (1.0 - ink) * (1.0 - density * (clouds - low) / (high - low))
 
 
-def _dotted_line(ink: np.ndarray, lines: float, rng: np.random.Generator) -> np.ndarray:
+def _dotted_line(ink: np.ndarray, rng: np.random.Generator) -> _Drawn:
     """Straight dotted lines from edge to edge, each through the middle half of the image."""
     rows, columns = np.mgrid[0:IMAGE_HEIGHT, 0:IMAGE_WIDTH].astype(np.float32)
-    most, gap_px = 3, 3.0
-    for number in range(most):
+    gap_px = 3.0
+    to_dots = []  # of each line, from each pixel to the nearest dot
+    for _ in range(3):
         through_x, through_y = rng.uniform(7, 20, (2, len(ink), 1, 1)).astype(np.float32)
         angle = rng.uniform(0, np.pi, (len(ink), 1, 1)).astype(np.float32)
-        if number >= lines:
-            break
         x, y = columns - through_x, rows - through_y
         along = x * np.cos(angle) + y * np.sin(angle)
         across = y * np.cos(angle) - x * np.sin(angle)
-        to_dot = np.hypot(along - gap_px * np.rint(along / gap_px), across)
-        ink = np.maximum(ink, np.clip(0.85 + 0.4 * lines / most - to_dot, 0, 1))
-    return ink
+        to_dots.append(np.hypot(along - gap_px * np.rint(along / gap_px), across))
+
+    def damage(lines: float) -> np.ndarray:
+        drawn = to_dots[: int(np.ceil(lines))]
+        return np.maximum.reduce([ink, *(np.clip(0.85 + 0.4 * lines / len(to_dots) - far, 0, 1) for far in drawn)])
+
+    return damage
 
 
-def _zigzag(ink: np.ndarray, half_width_px: float, rng: np.random.Generator) -> np.ndarray:
+def _zigzag(ink: np.ndarray, rng: np.random.Generator) -> _Drawn:
     """A zigzag line across the image at any angle."""
     count, corners = len(ink), 9
     x = np.linspace(-16, 16, corners) + rng.uniform(-1, 1, (count, corners))
@@ -129,17 +153,22 @@ def _zigzag(ink: np.ndarray, half_width_px: float, rng: np.random.Generator) -> 
     cos, sin = np.cos(angle), np.sin(angle)
     middle = _CENTRE + rng.uniform(-4, 4, (count, 1, 2))
     line = middle + np.stack([cos * x - sin * y, sin * x + cos * y], axis=2)
-    return np.maximum(ink, draw_lines([line], np.full(count, half_width_px)))
+    distance = distance_to_lines([line])
+    return lambda half_width_px: np.maximum(ink, ink_of_lines(distance, np.full(count, half_width_px)))
 
 
-def _spatter(ink: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+def _spatter(ink: np.ndarray, rng: np.random.Generator) -> _Drawn:
     """Drops that cover that share of the image."""
     field = ndimage.gaussian_filter(rng.standard_normal(ink.shape, np.float32), (0, 1.3, 1.3), mode="wrap")
-    threshold = np.quantile(field, 1 - share, axis=(1, 2), keepdims=True)
-    return np.maximum(ink, np.clip(0.5 + 6 * (field - threshold), 0, 1))
+
+    def damage(share: float) -> np.ndarray:
+        threshold = np.quantile(field, 1 - share, axis=(1, 2), keepdims=True)
+        return np.maximum(ink, np.clip(0.5 + 6 * (field - threshold), 0, 1))
+
+    return damage
 
 
-def _edges(ink: np.ndarray, share: float, _rng: np.random.Generator) -> np.ndarray:
+def _edges(ink: np.ndarray, _rng: np.random.Generator) -> _Drawn:
     """The digit gives way to its outline, found as Canny (1986) does: the slope's crest, weak parts where joined."""
     smooth = ndimage.gaussian_filter(ink, (0, 0.8, 0.8), mode="constant")
     down, right = ndimage.sobel(smooth, axis=1), ndimage.sobel(smooth, axis=2)
@@ -157,7 +186,8 @@ def _edges(ink: np.ndarray, share: float, _rng: np.random.Generator) -> np.ndarr
     strong = np.zeros(count + 1, bool)
     strong[np.unique(pieces[slope > 1.2])] = True
     strong[0] = False
-    return (1 - share) * ink + share * strong[pieces]
+    outline = strong[pieces]
+    return lambda share: (1 - share) * ink + share * outline
 
 
 def _signs(count: int, rng: np.random.Generator) -> np.ndarray:
@@ -182,17 +212,14 @@ def _warp(ink: np.ndarray, matrices: np.ndarray, shift_px: np.ndarray | None = N
         source -= shift_px[:, :, None].astype(np.float32)
     # A border of paper on all sides: what lies further out is cut to it.
     padded = np.pad(ink, ((0, 0), (1, 2), (1, 2)))
-    width = IMAGE_WIDTH + 3
-    flat = padded.reshape(len(ink), -1)
+    count, height, width = padded.shape
     x = np.clip(source[:, 0] + 1, 0, IMAGE_WIDTH + 1)
     y = np.clip(source[:, 1] + 1, 0, IMAGE_HEIGHT + 1)
     left, top = x.astype(np.intp), y.astype(np.intp)
     right_share, low_share = x - left, y - top
-    at = top * width + left
+    at = (np.arange(count)[:, None] * height + top) * width + left
     upper, lower = (
-        np.take_along_axis(flat, at + below, 1) * (1 - right_share)
-        + np.take_along_axis(flat, at + below + 1, 1) * right_share
-        for below in (0, width)
+        padded.take(at + below) * (1 - right_share) + padded.take(at + below + 1) * right_share for below in (0, width)
     )
     return (upper * (1 - low_share) + lower * low_share).reshape(ink.shape)
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from training.intervals import mean_interval, wilson_interval
-from training.robustness.corruptions import CORRUPTIONS, STRENGTHS, corrupt
+from training.robustness.corruptions import CORRUPTIONS, STRENGTHS, corrupt_at_will
 from training.robustness.nondigits import draw_nondigits
 from training.robustness.variants import DIRECTIONS, shift, thicken, thin
 from training.workspace import Split
@@ -60,7 +60,9 @@ def measure_robustness(
     damaged = [(kind, strength) for kind in CORRUPTIONS for strength in STRENGTHS]
     right = np.zeros((2, len(damaged), count), bool)  # of candidate and twin
     for place, (kind, strength) in enumerate(track(damaged, "corruptions", console=console, transient=True)):
-        images = corrupt(split.images, kind, strength, _SEED)
+        if strength == STRENGTHS[0]:
+            damage = corrupt_at_will(split.images, kind, _SEED)
+        images = damage(strength)
         right[:, place] = [ask(images).argmax(axis=1) == split.labels for ask in (answer, answer_twin)]
     corruptions = [
         {"corruption": kind, "strength": strength, **_shares(*right[:, place])}

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from training.figures import BLUE, GREY, ORANGE, STYLE, new_figure, save_figure
-from training.robustness.corruptions import CORRUPTIONS, STRENGTHS, corrupt
+from training.robustness.corruptions import CORRUPTIONS, STRENGTHS, corrupt_at_will
 from training.robustness.measure import Robustness
 
 _COLUMNS = 3
@@ -42,9 +42,9 @@ def draw_corruption_samples(path: Path, images: np.ndarray) -> None:
     figure = new_figure(6.4, 0.78 * len(CORRUPTIONS) + 0.5)
     axes = figure.subplots(len(CORRUPTIONS), 1 + len(STRENGTHS), squeeze=False)
     for place, kind in enumerate(CORRUPTIONS):
-        one = slice(place % len(images), place % len(images) + 1)
-        shown = [images[one], *(corrupt(images[: one.stop], kind, strength, seed=1)[-1:] for strength in STRENGTHS)]
-        for axis, (image,) in zip(axes[place], shown, strict=True):
+        known = images[: place % len(images) + 1]
+        damage = corrupt_at_will(known, kind, seed=1)
+        for axis, (*_, image) in zip(axes[place], (known, *map(damage, STRENGTHS)), strict=True):
             axis.imshow(image, cmap="gray_r", vmin=0, vmax=255)
             axis.set(xticks=[], yticks=[])
             axis.grid(visible=False)

@@ -21,8 +21,13 @@ def draw_lines(lines: Sequence[np.ndarray], half_width_px: np.ndarray) -> np.nda
     Returns:
         float32 (N, 28, 28), 0 paper to 1 ink. A pixel's ink falls linearly over the pixel at the line's edge.
     """
+    return ink_of_lines(distance_to_lines(lines), half_width_px)
+
+
+def distance_to_lines(lines: Sequence[np.ndarray]) -> np.ndarray:
+    """From each pixel to the nearest of the lines of ``draw_lines``, float32 (N, 784)."""
     rows, columns = np.mgrid[0:IMAGE_HEIGHT, 0:IMAGE_WIDTH].astype(np.float32).reshape(2, 1, -1)
-    nearest = np.full((len(half_width_px), rows.size), np.inf, np.float32)  # squared distance to the lines
+    nearest = np.full((len(lines[0]), rows.size), np.inf, np.float32)  # squared distance to the lines
     for line in lines:
         line = line.astype(np.float32)
         for start, end in zip(line[:, :-1].swapaxes(0, 1), line[:, 1:].swapaxes(0, 1), strict=True):  # (N, 2)
@@ -31,7 +36,12 @@ def draw_lines(lines: Sequence[np.ndarray], half_width_px: np.ndarray) -> np.nda
             from_x, from_y = columns - start[:, :1], rows - start[:, 1:]  # (N, 784)
             at = np.clip((from_x * along[:, :1] + from_y * along[:, 1:]) / length, 0.0, 1.0)
             np.minimum(nearest, (from_x - at * along[:, :1]) ** 2 + (from_y - at * along[:, 1:]) ** 2, out=nearest)
-    ink = np.clip(half_width_px[:, None].astype(np.float32) + 0.5 - np.sqrt(nearest), 0.0, 1.0)
+    return np.sqrt(nearest)
+
+
+def ink_of_lines(distance_px: np.ndarray, half_width_px: np.ndarray) -> np.ndarray:
+    """What ``draw_lines`` returns, from the distances float (N, 784)."""
+    ink = np.clip(half_width_px[:, None].astype(np.float32) + 0.5 - distance_px, 0.0, 1.0)
     return ink.reshape(-1, IMAGE_HEIGHT, IMAGE_WIDTH)
 
 
