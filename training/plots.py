@@ -7,11 +7,49 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.collections import PatchCollection
+from matplotlib.patches import Rectangle
 
+from digits.contract import IMAGE_HEIGHT, IMAGE_WIDTH
 from training.figures import BLUE, GREY, ORANGE, STYLE, new_figure, save_figure
 
 MOST_ROWS = 40
 """Classes drawn among the samples, and numbered in the confusion matrix, at most: more could not be read."""
+
+
+def show_images(axis: Any, images: np.ndarray, columns: int, gap_px: tuple[int, int]) -> np.ndarray:
+    """Show images in rows, ink black on white, as one picture: with an axes for each it takes six times as long.
+
+    The axes' unit is then an image's pixel. Texts and frames are put where the answer says.
+
+    Args:
+        axis: an empty axes; its frame and ticks go.
+        images: uint8 (N, height, width), ink 255 on paper 0.
+        columns: images in a row.
+        gap_px: above each row, and to the left of each column but the first.
+
+    Returns:
+        x and y of each image's upper left corner, int (N, 2); y grows downwards.
+    """
+    count, height, width = images.shape
+    above, between = gap_px
+    places = np.arange(count)
+    corners = np.stack([places % columns * (width + between), places // columns * (height + above)], axis=1)
+    rows = -(-count // columns)
+    sheet = np.zeros((rows * (height + above) - above, columns * (width + between) - between), np.uint8)
+    for (x, y), image in zip(corners, images, strict=True):
+        sheet[y : y + height, x : x + width] = image
+    bottom, right = sheet.shape
+    axis.imshow(sheet, cmap="gray_r", vmin=0, vmax=255, extent=(0, right, bottom, 0))
+    axis.set(xlim=(-0.5, right + 0.5), ylim=(bottom + 0.5, -above - 0.5))  # half a pixel for frames
+    axis.set_axis_off()
+    return corners
+
+
+def frame_images(axis: Any, corners: np.ndarray, colours: Sequence[str], widths: Sequence[float]) -> None:
+    """A frame around each image of 28 x 28 pixels at those corners, as ``show_images`` gives them."""
+    squares = [Rectangle((x, y), IMAGE_WIDTH, IMAGE_HEIGHT) for x, y in corners]
+    axis.add_collection(PatchCollection(squares, facecolors="none", edgecolors=colours, linewidths=widths))
 
 
 @mpl.rc_context(STYLE)
@@ -22,15 +60,15 @@ def draw_samples(
     shown = names[:MOST_ROWS]
     margin = 0.1 * max(0, max(map(len, shown)) - 1)  # inches that names take which are longer than a digit
     figure = new_figure(0.55 * per_class + 0.9 + margin, 0.58 * len(shown) + 0.7)
-    axes = figure.subplots(len(shown), per_class, squeeze=False)
-    for label, name in enumerate(shown):
+    axis = figure.subplots()
+    sheet = np.zeros((len(shown), per_class, *images.shape[1:]), np.uint8)  # blank where a class has fewer
+    for label, row in enumerate(sheet):
         members = np.flatnonzero(labels == label)[:per_class]
-        for column in range(per_class):
-            axis = axes[label, column]
-            axis.set_axis_off()
-            if column < len(members):
-                axis.imshow(images[members[column]], cmap="gray_r", vmin=0, vmax=255)
-        axes[label, 0].text(-0.45, 0.5, name, transform=axes[label, 0].transAxes, ha="right", va="center", size=13)
+        row[: len(members)] = images[members]
+    corners = show_images(axis, sheet.reshape(-1, *images.shape[1:]), per_class, gap_px=(3, 3))
+    axis.set_xlim(left=-17 - 56 * margin)  # room for the names
+    for name, (x, y) in zip(shown, corners[::per_class], strict=True):
+        axis.text(x - 8, y + images.shape[1] / 2, name, ha="right", va="center", size=13)
     if len(names) > len(shown):
         title += f"; {len(shown)} of {len(names)} classes"
     figure.suptitle(title)
@@ -87,18 +125,20 @@ def draw_mistakes(
     columns = 10
     rows = max(1, -(-len(wrong) // columns))
     figure = new_figure(columns * 1.05, rows * 1.38 + 0.6)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, index in zip(axes.flat, wrong, strict=False):
-        axis.imshow(images[index], cmap="gray_r", vmin=0, vmax=255)
-        axis.set_anchor("N")
+    axis = figure.subplots()
+    axis.set_axis_off()
+    if not len(wrong):
+        axis.text(0, 0.5, "no mistakes", transform=axis.transAxes)
+    texts = []
+    for index in wrong:
         read = predicted[index]
         true, taken_for = (textwrap.shorten(names[k], 12, placeholder="…") for k in (labels[index], read))
         between = "\n" if len(true) + len(taken_for) > 8 else " "
-        axis.set_title(f"{true} read as{between}{taken_for}\n{probabilities[index, read]:.0%}  #{index}", size=7.5)
-    if not len(wrong):
-        axes[0, 0].text(0, 0.5, "no mistakes", transform=axes[0, 0].transAxes)
+        texts.append(f"{true} read as{between}{taken_for}\n{probabilities[index, read]:.0%}  #{index}")
+    lines = max((text.count("\n") + 1 for text in texts), default=0)
+    corners = show_images(axis, images[wrong], columns, gap_px=(2 + 4 * lines, 4)) if texts else ()
+    for (x, y), text in zip(corners, texts, strict=True):
+        axis.text(x + images.shape[2] / 2, y - 1, text, ha="center", va="bottom", size=7.5)
     figure.suptitle(title)
     save_figure(figure, path)
 
@@ -152,6 +192,4 @@ def draw_selective(path: Path, coverage: np.ndarray, accuracy: np.ndarray, chose
 
 
 def _square(column: int, row: int) -> Any:
-    from matplotlib.patches import Rectangle
-
     return Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="#eef3f9", edgecolor="none")

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from training.figures import BLUE, GREY, ORANGE, STYLE, new_figure, save_figure
+from training.plots import frame_images, show_images
 from training.robustness.corruptions import CORRUPTIONS, STRENGTHS, corrupt_at_will
 from training.robustness.measure import Robustness
 
@@ -40,19 +41,19 @@ def draw_corruption_curves(path: Path, rows: Sequence[dict[str, Any]], count: in
 def draw_corruption_samples(path: Path, images: np.ndarray) -> None:
     """What each corruption looks like: a row each, one image (another in each row) as it is and at five strengths."""
     figure = new_figure(6.4, 0.78 * len(CORRUPTIONS) + 0.5)
-    axes = figure.subplots(len(CORRUPTIONS), 1 + len(STRENGTHS), squeeze=False)
+    axis = figure.subplots()
+    columns = ("as it is", *STRENGTHS)
+    shown = []
     for place, kind in enumerate(CORRUPTIONS):
         known = images[: place % len(images) + 1]
-        damage = corrupt_at_will(known, kind, seed=1)
-        for axis, (*_, image) in zip(axes[place], (known, *map(damage, STRENGTHS)), strict=True):
-            axis.imshow(image, cmap="gray_r", vmin=0, vmax=255)
-            axis.set(xticks=[], yticks=[])
-            axis.grid(visible=False)
-            for spine in axis.spines.values():
-                spine.set(visible=True, color="#e4e4e4")
-        axes[place, 0].set_ylabel(_words(kind), rotation=0, ha="right", va="center")
-    for axis, title in zip(axes[0], ("as it is", *STRENGTHS), strict=True):
-        axis.set_title(str(title), size=10)
+        shown += [one[-1] for one in (known, *map(corrupt_at_will(known, kind, seed=1), STRENGTHS))]
+    corners = show_images(axis, np.stack(shown), len(columns), gap_px=(3, 9))
+    axis.set_xlim(left=-36)  # room for the names
+    frame_images(axis, corners, ["#e4e4e4"], [0.8])
+    for kind, (x, y) in zip(CORRUPTIONS, corners[:: len(columns)], strict=True):
+        axis.text(x - 4, y + images.shape[1] / 2, _words(kind), ha="right", va="center")
+    for title, (x, y) in zip(columns, corners, strict=False):
+        axis.text(x + images.shape[2] / 2, y - 3, str(title), ha="center", va="bottom", size=10)
     save_figure(figure, path)
 
 
@@ -65,16 +66,14 @@ def draw_nondigits(path: Path, robustness: Robustness, names: Sequence[str]) -> 
     parts = figure.subfigures(len(shown), 1, squeeze=False)[:, 0]
     for part, (kind, (images, probabilities)) in zip(parts, shown.items(), strict=True):
         part.suptitle(kind, size=10, x=0.01, ha="left")
-        axes = part.subplots(-(-len(images) // per_row), per_row)
-        for axis, image, answer in zip(axes.flat, images, probabilities, strict=True):
-            axis.imshow(image, cmap="gray_r", vmin=0, vmax=255)
-            axis.set(xticks=[], yticks=[])
-            axis.grid(visible=False)
-            passed = answer.max() >= abstain_below
-            for spine in axis.spines.values():
-                spine.set(visible=True, color=ORANGE if passed else "#e4e4e4", lw=1.6 if passed else 0.8)
-            text = f"{names[answer.argmax()]}  {answer.max():.0%}" if passed else f"–  {answer.max():.0%}"
-            axis.set_title(text, size=8, color=ORANGE if passed else GREY, pad=2)
+        axis = part.subplots()
+        corners = show_images(axis, images, per_row, gap_px=(6, 5))
+        passed = probabilities.max(axis=1) >= abstain_below
+        frame_images(axis, corners, np.where(passed, ORANGE, "#e4e4e4").tolist(), np.where(passed, 1.6, 0.8).tolist())
+        for (x, y), answer, counts in zip(corners, probabilities, passed, strict=True):
+            text = f"{names[answer.argmax()] if counts else '–'}  {answer.max():.0%}"
+            colour = ORANGE if counts else GREY
+            axis.text(x + images.shape[2] / 2, y - 1, text, ha="center", va="bottom", size=8, color=colour)
     figure.suptitle(f"No digits: orange where the answer counts (confidence {abstain_below:.3f} or more)", size=11)
     save_figure(figure, path)
 
