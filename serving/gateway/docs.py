@@ -1,5 +1,6 @@
 """``/docs``: the OpenAPI document as one page for people. Made here, so it needs no script and no outside resource."""
 
+import re
 from html import escape
 from typing import Any, Final
 
@@ -9,6 +10,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto
 h2 { margin: 2.5rem 0 .5rem; border-top: 1px solid var(--line); padding-top: 1.5rem; font-size: 1.15rem; }
 h2 b { display: inline-block; min-width: 4rem; }
 code, pre { font: .9em/1.45 ui-monospace, monospace; }
+:is(h2, p) > code { overflow-wrap: anywhere; }
 pre { background: var(--soft); padding: .75rem 1rem; overflow-x: auto; border-radius: .4rem; }
 table { border-collapse: collapse; width: 100%; margin: .5rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); }
@@ -56,16 +58,22 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
 
 def _kind(kind: str, content: dict[str, Any]) -> str:
     name = content["schema"].get("$ref", "").rpartition("/")[2]
-    return f'<a href="#{escape(name)}">{escape(name)}</a>' if name else f"<code>{escape(kind)}</code>"
+    return f'<a href="#{escape(name)}">{_breakable(name)}</a>' if name else f"<code>{escape(kind)}</code>"
 
 
 def _model(name: str, schema: dict[str, Any]) -> str:
     rows = []
     for field, facts in schema["properties"].items():
         kind = facts.get("$ref", "").rpartition("/")[2] or facts.get("type", "")
-        rows.append(f"<tr><td><code>{escape(field)}</code><td>{escape(kind)}<td>{_text(facts.get('description', ''))}")
+        meaning = _text(facts.get("description", ""))
+        rows.append(f"<tr><td><code>{_breakable(field)}</code><td>{_breakable(kind)}<td>{meaning}")
     heading = f'<h3 id="{escape(name)}">{escape(name)}</h3><p>{_text(schema.get("description", ""))}'
     return f"{heading}<table>{''.join(rows)}</table>"
+
+
+def _breakable(name: str) -> str:
+    """Escaped, with room for a line break between the words of a name: a phone's screen is narrow."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=_)", "<wbr>", escape(name))
 
 
 def _text(text: str) -> str:

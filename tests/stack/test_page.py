@@ -389,6 +389,17 @@ def test_a_finger_draws_on_a_phone_without_scrolling_the_page(browser: Browser, 
     context.close()
 
 
+def test_the_api_page_fits_a_phone(browser: Browser, stack: Any) -> None:
+    """Nothing of it is wider than the screen but examples, which scroll in their own boxes."""
+    context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(stack.rest_url + "/docs")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    OUTPUT.mkdir(exist_ok=True)
+    page.screenshot(path=OUTPUT / "docs-phone.png", full_page=True)
+    context.close()
+
+
 def test_no_request_leaves_the_origin_and_the_browser_has_no_complaint(browser: Browser, stack: Any) -> None:
     """A whole visit: no outside resource, no script error, no breach of the content security policy."""
     context = browser.new_context(viewport={"width": 1280, "height": 920}, reduced_motion="reduce")
