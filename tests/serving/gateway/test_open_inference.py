@@ -1,7 +1,9 @@
 """The open inference protocol v2 at the gateway: REST with JSON and binary tensors, gRPC, what each refuses."""
 
 import json
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,11 +18,13 @@ from hypothesis import strategies as st
 
 from serving.protos import open_inference_pb2 as pb
 from serving.protos import open_inference_pb2_grpc, upstream_pb2
-from tests.serving.gateway.conftest import Here, eventually, random_images
+from tests.conftest import ROOT
+from tests.serving.gateway.conftest import HANG_S, Here, eventually, random_images
 from tests.serving.gateway.upstream_server import expected_probabilities
 
 MODEL = "/v2/models/digits"
 SIZE = "inference-header-content-length"
+TOOLS_PYTHON = ROOT / ".tools" / "bin" / "python"
 
 
 def tensor_of(images_u8: np.ndarray, **more: Any) -> dict[str, Any]:
@@ -370,3 +374,26 @@ def test_bytes_that_are_no_message_are_an_invalid_argument(here: Here) -> None:
             here.channel.unary_unary(f"/inference.GRPCInferenceService/{name}")(b"\xff")
         assert caught.value.code() is INVALID
         assert "the message is not an inference." in caught.value.details()
+
+
+def test_a_published_client_works_unchanged(here: Here) -> None:
+    """`tritonclient` from the package index: health, metadata, inference over REST (binary, JSON) and gRPC."""
+    images = random_images(5)
+    script = Path(__file__).with_name("published_client.py")
+    rest = here.running.rest_address
+    done = subprocess.run(
+        [TOOLS_PYTHON, script, rest, here.grpc_address], input=images.tobytes(), capture_output=True, check=False,
+        timeout=HANG_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    said = json.loads(done.stdout)
+    for way in ("rest_binary", "rest_json", "grpc"):
+        one = said[way]
+        assert (one["live"], one["ready"], one["model_ready"]) == (True, True, True), way
+        assert one["digit"] == (images[:, 0] % 10).tolist()
+        np.testing.assert_array_equal(np.float32(one["probabilities"]), expected_probabilities(images))
+    for metadata in (said["rest_metadata"], said["grpc_metadata"]):
+        assert metadata["name"] == "digits"
+        assert [one["name"] for one in metadata["outputs"]] == ["probabilities", "digit"]
+    assert said["rest_refusal"][0] == "404"
+    assert said["grpc_refusal"][0] == "StatusCode.NOT_FOUND"
