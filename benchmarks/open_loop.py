@@ -1,26 +1,36 @@
 """Load that does not wait for answers: calls leave at random times of a given rate, earlier ones back or not.
 
 `python -m benchmarks.open_loop rest|grpc HOST:PORT PATH BODY_FILE CONTENT_TYPE RATE SECONDS` prints one JSON object. A
-call's time counts from the moment at which it should have left. gRPC calls share a few connections, written to and read
-by hand, so that this process can offer more than what it loads can take.
+call's time counts from the moment at which it should have left. Sockets are polled and read by hand: this process
+shares a core with the model server, and what it takes from that core it would measure as waiting.
 """
 
-import asyncio
 import contextlib
 import json
 import os
+import resource
+import select
+import socket
 import struct
 import sys
 import time
+from bisect import bisect_right
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvloop
 
 CONNECTIONS = 256
-TICK_S = 0.001
+"""Over HTTP/1.1; each carries one call at a time."""
+
+TICK_S = 0.0005
+"""Calls that are due within this time leave together."""
+
+MOST_AT_ONCE = 1 << 18
+"""Bytes that are read or written in one system call."""
+
 PATIENCE_S = 5.0
 """How long answers are waited for after the last call has left."""
 
@@ -38,6 +48,15 @@ class Results:
         self.done_s = np.full(count, -1.0)
         self.accepted = np.zeros(count, bool)
         self.refused = np.zeros(count, bool)
+        self.back = 0
+        self.cpu_share = 0.0
+        """Of its core, while calls were being sent."""
+
+    def ended(self, number: int, now_s: float, accepted: bool, refused: bool) -> None:
+        """The answer to a call is there."""
+        self.back += 1
+        self.done_s[number] = now_s
+        self.accepted[number], self.refused[number] = accepted, refused
 
     def summary(self) -> dict[str, float]:
         skip = int(len(self.due_s) * WARM_UP_SHARE)
@@ -53,6 +72,7 @@ class Results:
             "p50_ms": _percentile(taken_ms[accepted], 50),
             "p99_ms": _percentile(taken_ms[accepted], 99),
             "refused_p99_ms": _percentile(taken_ms[refused], 99),
+            "generator_cpu_share": round(self.cpu_share, 3),
         }
 
 
@@ -60,193 +80,227 @@ def _percentile(values: np.ndarray, rank: float) -> float:
     return round(float(np.percentile(values, rank)), 3) if len(values) else 0.0
 
 
-class Rest(asyncio.Protocol):
-    """One keep-alive connection with one call at a time."""
+class Sender:
+    """Calls over some connections, and their answers."""
 
-    def __init__(self, pool: "Pool") -> None:
-        self.pool = pool
-        self.number = -1
-        self.data = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport: Any = transport
-
-    def send(self, number: int) -> None:
-        self.number = number
-        self.pool.results.sent_s[number] = time.perf_counter() - self.pool.start
-        self.transport.write(self.pool.request)
-
-    def data_received(self, data: bytes) -> None:
-        self.data += data
-        head = self.data.find(b"\r\n\r\n")
-        if head < 0:
-            return
-        fields = self.data[:head].lower()
-        at = fields.find(b"content-length:")
-        if at < 0 and b"transfer-encoding: chunked" in fields:
-            if not self.data.endswith(b"0\r\n\r\n"):
-                return
-        elif at < 0 or len(self.data) < head + 4 + int(fields[at + 15 :].partition(b"\r\n")[0]):
-            return
-        status, self.data = self.data[9:12], b""
-        self.pool.ended(self.number, status == b"200", status in (b"429", b"503"))
-        self.pool.free(self)
-
-    def connection_lost(self, _: Exception | None) -> None:
-        self.pool.idle = deque(one for one in self.pool.idle if one is not self)
-
-
-class Pool:
-    """Calls over many HTTP/1.1 connections."""
-
-    def __init__(self, results: Results, request: bytes) -> None:
+    def __init__(self, results: Results, host: str, port: int, connections: int) -> None:
         self.results = results
-        self.request = request
-        self.idle: deque[Rest] = deque()
-        self.waiting: deque[int] = deque()
         self.start = 0.0
+        self.poll = select.epoll()
+        self.sockets: dict[int, socket.socket] = {}
+        for _ in range(connections):
+            connection = socket.create_connection((host, port), timeout=PATIENCE_S)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setblocking(False)
+            self.sockets[connection.fileno()] = connection
+            self.poll.register(connection, select.EPOLLIN)
 
-    async def open(self, host: str, port: int) -> None:
-        loop = asyncio.get_running_loop()
-        for _ in range(CONNECTIONS):
-            self.idle.append((await loop.create_connection(lambda: Rest(self), host, port))[1])
+    def now(self) -> float:
+        """Seconds since the first call could leave."""
+        return time.perf_counter() - self.start
 
     def send(self, first: int, last: int) -> None:
-        for number in range(first, last):
-            if self.idle:
-                self.idle.popleft().send(number)
+        """Send the calls from ``first`` to before ``last``."""
+        raise NotImplementedError
+
+    def received(self, fd: int, data: bytes) -> None:
+        """Bytes have come."""
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Send what did not fit before."""
+
+    def wait(self, wait_s: float) -> None:
+        """Take what comes within ``wait_s``. epoll's own time limit counts in milliseconds, select's does not."""
+        if not select.select([self.poll], [], [], wait_s)[0]:
+            return
+        for fd, _ in self.poll.poll(0):
+            try:
+                data = self.sockets[fd].recv(MOST_AT_ONCE)
+            except BlockingIOError:
+                continue
+            except OSError:
+                data = b""
+            if data:
+                self.received(fd, data)
             else:
-                self.waiting.append(number)
+                self.lost(fd)
 
-    def free(self, connection: Rest) -> None:
+    def lost(self, fd: int) -> None:
+        """A connection has ended; what it had under way counts as lost."""
+        self.poll.unregister(fd)
+        self.sockets.pop(fd).close()
+
+
+class Rest(Sender):
+    """Calls over many HTTP/1.1 connections."""
+
+    def __init__(self, results: Results, host: str, port: int, request: bytes) -> None:
+        super().__init__(results, host, port, CONNECTIONS)
+        self.request = request
+        self.idle = deque(self.sockets)
+        self.waiting: deque[int] = deque()
+        self.under_way: dict[int, int] = {}
+        self.parts: dict[int, bytes] = {}
+
+    def send(self, first: int, last: int) -> None:
+        self.waiting.extend(range(first, last))
+        while self.waiting and self.idle:
+            fd = self.idle.popleft()
+            number = self.under_way[fd] = self.waiting.popleft()
+            self.results.sent_s[number] = self.now()
+            self.sockets[fd].send(self.request)  # on an idle connection there is room for it
+
+    def received(self, fd: int, data: bytes) -> None:
+        data = self.parts.pop(fd, b"") + data
+        if not _is_whole(data):
+            self.parts[fd] = data
+            return
+        status = data[9:12]
+        self.results.ended(self.under_way.pop(fd), self.now(), status == b"200", status in (b"429", b"503"))
+        self.idle.append(fd)
         if self.waiting:
-            connection.send(self.waiting.popleft())
-        else:
-            self.idle.append(connection)
+            self.send(0, 0)
 
-    def ended(self, number: int, accepted: bool, refused: bool) -> None:
-        self.results.done_s[number] = time.perf_counter() - self.start
-        self.results.accepted[number], self.results.refused[number] = accepted, refused
+    def lost(self, fd: int) -> None:
+        super().lost(fd)
+        with contextlib.suppress(ValueError):
+            self.idle.remove(fd)
 
 
-class Streams:
-    """Calls as streams of a few HTTP/2 connections, in turns."""
+def _is_whole(answer: bytes) -> bool:
+    """Whether an HTTP answer is there to its end."""
+    end = answer.find(b"\r\n\r\n")
+    if end < 0:
+        return False
+    fields = answer[:end].lower()
+    at = fields.find(b"content-length:")
+    if at < 0:
+        return b"transfer-encoding: chunked" not in fields or answer.endswith(b"0\r\n\r\n")
+    return len(answer) >= end + 4 + int(fields[at + 15 :].partition(b"\r\n")[0])
+
+
+class Grpc(Sender):
+    """Calls as streams of a few HTTP/2 connections, in turns: call n is stream ``2 * (n // CONNECTIONS) + 1``."""
 
     CONNECTIONS = 4
+    HEAD = struct.Struct(">BHBBI")
 
-    def __init__(self, results: Results, path: str, message: bytes) -> None:
+    def __init__(self, results: Results, host: str, port: int, path: str, message: bytes) -> None:
         from serving.gateway.http2 import header
 
+        super().__init__(results, host, port, self.CONNECTIONS)
         fields = ((":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "bench"))
         fields += (("te", "trailers"), ("content-type", "application/grpc"))
         self.block = b"".join([header(name.encode(), value.encode()) for name, value in fields])
         self.body = b"\0" + len(message).to_bytes(4) + message
-        self.results = results
-        self.connections: list[Grpc] = []
-        self.start = 0.0
-
-    async def open(self, host: str, port: int) -> None:
-        for at in range(self.CONNECTIONS):
-            connection = (await asyncio.get_running_loop().create_connection(lambda at=at: Grpc(self, at), host, port))[
-                1
-            ]
-            self.connections.append(connection)
-
-    def send(self, first: int, last: int) -> None:
-        self.results.sent_s[first:last] = time.perf_counter() - self.start
-        for at, connection in enumerate(self.connections):
-            connection.send(range(first + (at - first) % self.CONNECTIONS, last, self.CONNECTIONS))
-
-
-class Grpc(asyncio.Protocol):
-    """One connection. Call n is its stream ``2 * (n // CONNECTIONS) + 1`` if it is number ``n % CONNECTIONS``."""
-
-    HEAD = struct.Struct(">BHBBI")
-
-    def __init__(self, streams: Streams, at: int) -> None:
-        self.streams = streams
-        self.at = at
-        self.rest = b""
-        self.gone = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport: Any = transport
+        self.places = {fd: at for at, fd in enumerate(self.sockets)}
+        self.unsent = {fd: bytearray() for fd in self.sockets}
+        self.rest = dict.fromkeys(self.sockets, b"")
         settings = self.frame(4, 0, 0, struct.pack(">HI", 4, 2**30))
         window = self.frame(8, 0, 0, struct.pack(">I", 2**30))
-        self.transport.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings + window)
-
-    def connection_lost(self, _: Exception | None) -> None:
-        self.gone = True  # what it had under way counts as lost
+        for fd in self.sockets:
+            self.write(fd, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings + window)
 
     def frame(self, kind: int, flags: int, sid: int, payload: bytes) -> bytes:
         return self.HEAD.pack(0, len(payload), kind, flags, sid) + payload
 
-    def send(self, numbers: range) -> None:
-        if not numbers or self.gone:
+    def write(self, fd: int, data: bytes) -> None:
+        unsent = self.unsent[fd]
+        unsent += data
+        try:
+            with memoryview(unsent) as view:
+                sent = self.sockets[fd].send(view[:MOST_AT_ONCE])
+        except BlockingIOError:
             return
-        block, body, frame = self.streams.block, self.streams.body, self.frame
-        sids = [2 * (number // Streams.CONNECTIONS) + 1 for number in numbers]
-        self.transport.write(b"".join([frame(1, 4, sid, block) + frame(0, 1, sid, body) for sid in sids]))
+        except OSError:
+            self.lost(fd)
+            return
+        del unsent[:sent]
 
-    def data_received(self, data: bytes) -> None:
-        data = self.rest + data
-        results = self.streams.results
-        at = 0
-        now = time.perf_counter() - self.streams.start
-        while len(data) - at >= 9:
-            _, length, kind, flags, sid = self.HEAD.unpack_from(data, at)
-            end = at + 9 + length
-            if end > len(data):
+    def flush(self) -> None:
+        for fd in [fd for fd, data in self.unsent.items() if data]:
+            self.write(fd, b"")
+
+    def send(self, first: int, last: int) -> None:
+        self.results.sent_s[first:last] = self.now()
+        block, body, frame = self.block, self.body, self.frame
+        for fd in list(self.sockets):
+            numbers = range(first + (self.places[fd] - first) % self.CONNECTIONS, last, self.CONNECTIONS)
+            sids = [2 * (number // self.CONNECTIONS) + 1 for number in numbers]
+            if sids:
+                self.write(fd, b"".join([frame(1, 4, sid, block) + frame(0, 1, sid, body) for sid in sids]))
+
+    def received(self, fd: int, data: bytes) -> None:
+        data = self.rest[fd] + data
+        place, now = self.places[fd], self.now()
+        at, size, unpack = 0, len(data), self.HEAD.unpack_from
+        while size - at >= 9:
+            high, length, kind, flags, sid = unpack(data, at)
+            end = at + 9 + (high << 16 | length)
+            if end > size:
                 break
-            number = (sid >> 1) * Streams.CONNECTIONS + self.at
             if kind == 1 and flags & 1:
                 block = data[at + 9 : end]
-                results.done_s[number] = now
-                results.accepted[number] = b"grpc-status\x010" in block
-                results.refused[number] = b"grpc-status\x018" in block or b"grpc-status\x0214" in block
+                refused = b"grpc-status\x018" in block or b"grpc-status\x0214" in block
+                self.results.ended(self._number(sid, place), now, b"grpc-status\x010" in block, refused)
             elif kind == 3:
-                results.refused[number] = True
-                results.done_s[number] = now
+                self.results.ended(self._number(sid, place), now, False, True)
             elif kind == 6 and not flags & 1:
-                self.transport.write(self.frame(6, 1, 0, data[at + 9 : end]))
+                self.write(fd, self.frame(6, 1, 0, data[at + 9 : end]))
             at = end
-        self.rest = data[at:]
+        self.rest[fd] = data[at:]
+
+    def _number(self, sid: int, place: int) -> int:
+        return (sid >> 1) * self.CONNECTIONS + place
+
+    def lost(self, fd: int) -> None:
+        super().lost(fd)
+        self.unsent.pop(fd)
 
 
-async def offer(sender: Any, results: Results) -> None:
-    """Send each call when it is due."""
-    start = sender.start = time.perf_counter()
-    due, first = results.due_s, 0
-    while first < len(due):
-        now = time.perf_counter() - start
-        last = int(np.searchsorted(due, now))
+def offer(sender: Sender, results: Results) -> None:
+    """Send each call when it is due, and take the answers."""
+    due: Sequence[float] = results.due_s.tolist()
+    first, count = 0, len(due)
+    sender.start = time.perf_counter()
+    cpu_before = _cpu_s()
+    while first < count:
+        last = bisect_right(due, sender.now(), first)
         if last > first:
             sender.send(first, last)
             first = last
-        await asyncio.sleep(TICK_S)
+        sender.flush()
+        sender.wait(TICK_S)
+    results.cpu_share = (_cpu_s() - cpu_before) / sender.now()
     until = time.perf_counter() + PATIENCE_S
-    while (results.done_s < 0).any() and time.perf_counter() < until:  # noqa: ASYNC110 - until the last is back
-        await asyncio.sleep(0.01)
+    while results.back < count and time.perf_counter() < until:
+        sender.flush()
+        sender.wait(0.01)
 
 
-async def main(kind: str, address: str, path: str, body_file: str, content_type: str, rate: str, seconds: str) -> None:
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def main(kind: str, address: str, path: str, body_file: str, content_type: str, rate: str, seconds: str) -> None:
     """Offer the load and print what came of it."""
     # It shares a core with the model server, and has to send on time all the same to measure waiting and not itself.
     with contextlib.suppress(PermissionError):
         os.nice(-10)
     host, _, port = address.partition(":")
-    body = Path(body_file).read_bytes()  # noqa: ASYNC240 - nothing runs yet
+    body = Path(body_file).read_bytes()
     results = Results(float(rate), float(seconds))
     sender: Any
     if kind == "rest":
         head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {content_type}\r\ncontent-length: {len(body)}\r\n\r\n"
-        sender = Pool(results, head.encode() + body)
+        sender = Rest(results, host, int(port), head.encode() + body)
     else:
-        sender = Streams(results, path, body)
-    await sender.open(host, int(port))
-    await offer(sender, results)
+        sender = Grpc(results, host, int(port), path, body)
+    offer(sender, results)
     print(json.dumps(results.summary()))
 
 
 if __name__ == "__main__":
-    uvloop.run(main(*sys.argv[1:]))
+    main(*sys.argv[1:])
