@@ -4,6 +4,7 @@ Only the common case: a picture that is decoded at once, on a connection with no
 and every request with a header that some feature may want to look at, goes through ``rest.py``, which answers the same.
 """
 
+import math
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -104,6 +105,7 @@ def start(app: "RestApp", protocol: "_Protocol", headers: "Headers", body: bytes
             return False
     request: LeanRequest | None = None
     try:
+        app.gateway.predictor.check_room(math.inf)
         image_u8 = app.gateway.pictures.read_at_once(body)
         if image_u8 is None:
             return False

@@ -41,6 +41,11 @@ INPUT_SAMPLE_S: Final = 0.02
 INPUT_SAMPLE_IMAGES: Final = 16
 """And of its images at most so many."""
 
+SHED_REASONS: Final = (
+    "queue_full", "queue_slow", "decodes_full", "passed_calls_full", "rate_limited", "connections_full",
+)  # fmt: skip
+"""Why a request is refused for too much work."""
+
 MAX_VERSIONS: Final = 32
 """Model versions that get a label of their own in one process' life; later ones share ``other``."""
 
@@ -78,7 +83,7 @@ class Metrics:
         build = self._gauge("digits_build_info", "Always 1; its labels say what runs.", ["version", "python"])
         build.labels(VERSION, platform.python_version()).set(1)
 
-        self._shed = self._counter("digits_shed", "Requests refused because of too much work.", ["reason"])
+        shed = self._counter("digits_shed", "Requests refused because of too much work.", ["reason"])
         self._upstream_calls = self._counter("digits_upstream_calls", "Calls to the model server, by code.", ["code"])
         self._upstream_errors = self._counter("digits_upstream_errors", "Failed model server calls, by code.", ["code"])
         self._retries = self._counter("digits_upstream_retries", "Calls to the model server that were sent again.")
@@ -92,15 +97,7 @@ class Metrics:
         self._queue_wait_s = self._histogram(
             "digits_queue_wait_seconds", "Wait of the oldest image of each model server call.", DURATION_BUCKETS_S
         )
-        for reason in (
-            "queue_full",
-            "queue_slow",
-            "decodes_full",
-            "passed_calls_full",
-            "rate_limited",
-            "connections_full",
-        ):
-            self._shed.labels(reason)
+        self._shed_by = {reason: shed.labels(reason) for reason in SHED_REASONS}
 
     def request(self, protocol: str, route: str, code: str, model_version: str, duration_s: float) -> None:
         """One request has ended. ``code``: HTTP status or gRPC code; ``model_version``: empty if none answered."""
@@ -151,8 +148,8 @@ class Metrics:
         self._ready.set(ready)
 
     def shed(self, reason: str) -> None:
-        """A request was refused for too much work."""
-        self._shed.labels(reason).inc()
+        """A request was refused for too much work, for one of ``SHED_REASONS``."""
+        self._shed_by[reason].inc()
 
     def watch_requests(self, protocol: str, in_flight: Callable[[], float]) -> None:
         """Have the number of requests under way read at each scrape."""

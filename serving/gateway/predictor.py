@@ -29,6 +29,12 @@ MAX_TURNS = 2
 SHARE_BESIDE = 0.5
 """What waits goes beside what is under way if it is at least this share of the last call."""
 
+SHORT_CALL_TIMES = 3
+"""Under lasting overload batches are so small that a call takes about so many times what one takes in calm."""
+
+SHORT_BATCH_SHARE = 1 / 16
+"""But no smaller than this share of a batch."""
+
 SHORT_QUEUE_SHARE = 0.5
 """Under lasting overload so much of a batch may wait beside what goes at once; more would wait longer to no use."""
 
@@ -127,8 +133,8 @@ class Predictor:
         max_queue: Most images waiting.
         max_wait_s: Longest wait that a call is let in for, as measured calls let expect it.
         max_burst_s: Whole batches that wait for longer than this, and than four calls take, are no burst but more work
-            than can be done: a long queue would only make all wait. It is kept short then, until nobody had to be
-            refused for as long (after CoDel, Nichols and Jacobson 2012).
+            than can be done: a long queue would only make all wait. Queue and batches are kept short then, until
+            nobody had to be refused for as long (after CoDel, Nichols and Jacobson 2012).
     """
 
     def __init__(
@@ -160,7 +166,9 @@ class Predictor:
         self._max_burst_s = max_burst_s
         self._call_s = 0.0
         self._standing_since = self._overload_until = 0.0
-        self._short_queue = max(1, int(SHORT_QUEUE_SHARE * max_batch))
+        self._limit = max_batch
+        """Images of one call: ``max_batch``, or fewer under lasting overload."""
+        self._calm_call_s = 0.0
         self._images_per_s = 0.0
         self._closed = False
         metrics.watch_predictor(lambda: self.queued_images, lambda: len(self._calls))
@@ -199,32 +207,51 @@ class Predictor:
             raise _expired()
         if self._closed:
             raise ModelUnavailable("this gateway is shutting down; try again")
-        if self.queued_images and self.queued_images + count > self._max_queue:
-            self._metrics.shed("queue_full")
-            raise Overloaded(f"{self.queued_images} images are waiting already; try again later", self._retry_after_s())
-        if self.queued_images >= self._short_queue:
-            self._refuse_if_too_slow(place.deadline - now, now)
+        if self.queued_images:
+            self._refuse_if_too_much(count, place.deadline - now, now)
         place.arrived = now
         self._queue[place] = None
         self.queued_images += count
         if not self._dispatch_is_due or not self._ticking:
             self._wake()
 
-    def _refuse_if_too_slow(self, remaining_s: float, now: float) -> None:
-        """Much is waiting: at the pace of late, would this one's turn come soon enough to be of use?"""
-        goes_at_once = self._max_batch * (self._max_calls - len(self._calls))
-        if now < self._overload_until and self.queued_images >= self._short_queue + goes_at_once:
+    def check_room(self, deadline: float) -> None:
+        """Raise as ``enter`` would now for one image: a picture that will be refused need not be decoded."""
+        if self.queued_images:
+            now = time.monotonic()
+            self._refuse_if_too_much(1, deadline - now, now)
+
+    def _refuse_if_too_much(self, count: int, remaining_s: float, now: float) -> None:
+        queued = self.queued_images
+        if queued + count > self._max_queue:
+            self._metrics.shed("queue_full")
+            raise Overloaded(f"{queued} images are waiting already; try again later", self._retry_after_s())
+        if now < self._overload_until:
+            self._refuse_beyond_short_queue(now)
+        if queued >= self._max_batch:
+            self._refuse_if_too_slow(remaining_s, now)
+
+    def _refuse_beyond_short_queue(self, now: float) -> None:
+        """Overload lasts: who would wait for more than one short call under way and half a batch need not wait."""
+        goes_at_once = self._limit * (self._max_calls - len(self._calls))
+        if self.queued_images >= max(1, int(SHORT_QUEUE_SHARE * self._limit)) + goes_at_once:
             self._overload_until = now + self._burst_s()  # it ends when nobody had to be refused for so long
             self._refuse_as_too_slow()
-        batches = self.queued_images // self._max_batch
-        if not batches:
-            return
+
+    def _refuse_if_too_slow(self, remaining_s: float, now: float) -> None:
+        """Much is waiting: at the pace of late, would this one's turn come soon enough to be of use?"""
         if not self._standing_since:
             self._standing_since = now
         elif now - self._standing_since > self._burst_s():
             self._overload_until = now + self._burst_s()
+        batches = self.queued_images // self._max_batch
         if batches * self._call_s / self._max_calls > min(remaining_s, self._max_wait_s):
             self._refuse_as_too_slow()
+
+    def _short_batch(self) -> int:
+        """Images of a call under lasting overload: at the pace of late they take a few times as long as a calm call."""
+        fitting = int(self._images_per_s * SHORT_CALL_TIMES * self._calm_call_s) or self._max_batch
+        return min(self._max_batch, max(1, int(SHORT_BATCH_SHARE * self._max_batch), fitting))
 
     def _burst_s(self) -> float:
         return max(self._max_burst_s, 4 * self._call_s)
@@ -261,7 +288,7 @@ class Predictor:
             return True
         if under_way >= self._max_calls:
             return False
-        enough = min(self._max_batch, SHARE_BESIDE * self._last_count)
+        enough = min(self._limit, SHARE_BESIDE * self._last_count)
         return self.queued_images >= enough or time.monotonic() - self._last_call > SLOW_CALL_S
 
     def _dispatch(self) -> None:
@@ -283,11 +310,12 @@ class Predictor:
 
     def _next_batch(self) -> list[Place]:
         now = time.monotonic()
+        self._limit = self._max_batch if now >= self._overload_until else self._short_batch()
         batch: list[Place] = []
         count = 0
         while self._queue:
             first = next(iter(self._queue))
-            if batch and (count + first.count > self._max_batch or first.version != batch[0].version):
+            if batch and (count + first.count > self._limit or first.version != batch[0].version):
                 break
             self._queue.popitem(last=False)
             self.queued_images -= first.count
@@ -305,6 +333,7 @@ class Predictor:
     async def _call(self, batch: list[Place]) -> None:
         started = time.monotonic()
         count = sum(place.count for place in batch)
+        in_calm = len(self._calls) == 1 and started >= self._overload_until
         METADATA.set(next((place.metadata for place in batch if place.metadata), ()))
         try:
             images_u8 = b"".join([place.images_u8 for place in batch])
@@ -322,9 +351,10 @@ class Predictor:
         finally:
             del self._calls[asyncio.current_task()]  # type: ignore[arg-type]
             took_s = max(time.monotonic() - started, 1e-6)
-            rate = count / took_s
-            self._images_per_s = rate if not self._images_per_s else 0.8 * self._images_per_s + 0.2 * rate
-            self._call_s = took_s if not self._call_s else 0.8 * self._call_s + 0.2 * took_s
+            self._images_per_s = _smoothed(self._images_per_s, count / took_s)
+            self._call_s = _smoothed(self._call_s, took_s)
+            if in_calm:
+                self._calm_call_s = _smoothed(self._calm_call_s, took_s)
             if self._queue:
                 self._wake()
 
@@ -373,6 +403,10 @@ class Predictor:
         """About how long it takes until the queue as it is now has been worked off."""
         rate = self._images_per_s * self._max_calls
         return min(60.0, max(1.0, math.ceil(self.queued_images / rate))) if rate else 1.0
+
+
+def _smoothed(before: float, now: float) -> float:
+    return 0.8 * before + 0.2 * now if before else now
 
 
 def _expired() -> UpstreamTimeout:

@@ -28,7 +28,7 @@ from digits.errors import (
 )
 from serving.gateway import open_inference, tensorflow_api
 from serving.gateway.app import Gateway, request_id_from
-from serving.gateway.grpc_server import Call, GrpcServer, Metadata
+from serving.gateway.grpc_server import Call, GrpcServer, Metadata, packed_status
 from serving.gateway.http2 import header
 from serving.gateway.predictor import Answer, Place
 from serving.gateway.tls import server_context
@@ -177,8 +177,11 @@ class DigitsService:
         gateway, calls = self._gateway, self._calls
         request_id = _request_id(call.asked.metadata, {})
         place = _DirectPlace(calls, call, request_id)
+        image_u8 = None
         try:
-            image_u8 = gateway.pictures.read_at_once(_image(message)) if calls.direct else None
+            if calls.direct:
+                gateway.predictor.check_room(place.deadline)
+                image_u8 = gateway.pictures.read_at_once(_image(message))
             if image_u8 is None:
                 call.start(message)
                 return
@@ -274,7 +277,7 @@ class _DirectPlace(Place):
 
     def refused(self, err: Exception) -> None:
         code, name, text, more = self.calls.translate(err, self.request_id)
-        self.call.fail(code, text, (("x-request-id", self.request_id), *more))
+        self.call.fail_packed(packed_status(code, text, more) + header(b"x-request-id", self.request_id.encode()))
         self._finished(code, error=name)
 
     def left(self) -> None:

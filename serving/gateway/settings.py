@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     time than that until its deadline is refused sooner."""
 
     max_burst_s: Positive = 0.1
-    """How long more than a batch may wait before it counts as overload, in which the queue is kept short."""
+    """How long more than a batch may wait before it counts as overload, in which queue and batches are kept short."""
 
     max_request_images: Annotated[int, Field(ge=1, le=65536)] = 4096
     """Most images in one request of TensorFlow Serving's or the open inference protocol."""

@@ -17,9 +17,11 @@ from serving.gateway.predictor import Answer
 from tests.serving.gateway.conftest import HANG_S, Here, eventually, random_images
 from tests.serving.gateway.upstream_server import expected_probabilities
 
+BURST_S = 0.1
+
 
 def far() -> float:
-    return time.monotonic() + 20
+    return time.monotonic() + HANG_S
 
 
 def check(answer: Answer, image_u8: np.ndarray) -> None:
@@ -295,35 +297,81 @@ def test_under_lasting_overload_the_queue_becomes_short(start: Callable[..., Her
     """A burst may fill it; when more keeps coming than can be done it is kept short, for as long as that lasts; after a
     calm a burst may fill it again.
     """
-    here = start(max_upstream_calls=1, max_batch_images=2, max_wait_s=5.0, timeout_s=20)
+    here = start(max_upstream_calls=1, max_batch_images=2, max_wait_s=HANG_S, timeout_s=2 * HANG_S, max_burst_s=BURST_S)
     here.behaviour.delay_s = 0.02
 
     async def overload() -> tuple[int, int, int]:
         predictor = here.gateway.predictor
         taken = [predictor.submit(bytes(784), 1, far()) for _ in range(60)]
         longest = predictor.queued_images
+        last_refusal = 0.0
 
         async def more() -> None:
+            nonlocal last_refusal
             for _ in range(4):  # five times what can be done
-                with contextlib.suppress(Overloaded):
+                before = time.monotonic()
+                try:
                     taken.append(predictor.submit(bytes(784), 1, far()))
+                except Overloaded:
+                    last_refusal = before
             await asyncio.sleep(0.008)
 
-        until = time.monotonic() + HANG_S
-        while predictor.queued_images > 3 and time.monotonic() < until:
+        until = time.monotonic() + 2 * HANG_S
+        lasting: list[int] = []
+        settled = False
+        while len(lasting) < 50 and time.monotonic() < until:
+            refused_at = last_refusal
             await more()
-        lasting = []
-        for _ in range(50):
-            await more()
-            lasting.append(predictor.queued_images)
+            if time.monotonic() - refused_at > BURST_S:
+                settled = False  # this machine stood still: a calm, after which a burst may fill the queue again
+            elif predictor.queued_images <= 3 and last_refusal > refused_at:
+                settled = True
+            if settled:
+                lasting.append(predictor.queued_images)
+        assert len(lasting) == 50
         await asyncio.gather(*taken)
-        await asyncio.sleep(0.3)
-        taken = [predictor.submit(bytes(784), 1, far()) for _ in range(60)]
-        again = predictor.queued_images
-        await asyncio.gather(*taken)
+        again = 0
+        calm_s = 0.3
+        while again < 50 and calm_s < HANG_S:  # it is over sooner the quicker calls are
+            await asyncio.sleep(calm_s)
+            calm_s *= 3
+            taken = []
+            with contextlib.suppress(Overloaded):
+                taken.extend(predictor.submit(bytes(784), 1, far()) for _ in range(60))
+            again = predictor.queued_images
+            await asyncio.gather(*taken)
         return longest, max(lasting), again
 
     longest, lasting, again = here.thread.run(overload())
     assert longest >= 50
     assert lasting <= 3
     assert again >= 50
+
+
+def test_under_lasting_overload_batches_become_short(start: Callable[..., Here]) -> None:
+    """A call costs the model as much more as it has more images: then no more go together than take a few times what
+    a call takes in calm.
+    """
+    here = start(
+        max_upstream_calls=1, max_batch_images=64, max_queue_images=256, max_wait_s=HANG_S, max_burst_s=BURST_S
+    )
+    here.behaviour.delay_s = here.behaviour.delay_per_image_s = 0.005
+
+    async def overload() -> int:
+        predictor = here.gateway.predictor
+        for _ in range(10):
+            await predictor.submit(bytes(784), 1, far())  # calm: some 10 ms a call
+        here.behaviour.batches.clear()
+        taken = []
+        until = time.monotonic() + HANG_S
+        while not (here.behaviour.batches and here.behaviour.batches[-1] < 32) and time.monotonic() < until:
+            with contextlib.suppress(Overloaded):
+                taken.extend(predictor.submit(bytes(784), 1, far()) for _ in range(200))
+            await asyncio.sleep(0.005)
+        last = here.behaviour.batches[-1]
+        await asyncio.gather(*taken)
+        return last
+
+    last = here.thread.run(overload(), 2 * HANG_S)
+    assert max(here.behaviour.batches) == 64
+    assert last < 32

@@ -28,6 +28,7 @@ class Behaviour:
     """What a test may turn while the server runs, and what it may read."""
 
     delay_s: float = 0.0
+    delay_per_image_s: float = 0.0
     version: int = 3
     state: int = pb.ModelVersionStatus.AVAILABLE
     abort: tuple[grpc.StatusCode, str] | None = None
@@ -114,8 +115,8 @@ class TestUpstream:
         try:
             if behaviour.hold is not None:
                 await behaviour.hold.wait()
-            if behaviour.delay_s:
-                await asyncio.sleep(behaviour.delay_s)
+            if delay_s := behaviour.delay_s + behaviour.delay_per_image_s * shape[0]:
+                await asyncio.sleep(delay_s)
         finally:
             behaviour.under_way -= 1
         if behaviour.abort:
