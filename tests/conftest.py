@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from filelock import FileLock
@@ -40,6 +41,10 @@ HANG_S = 600
 """A hang's limit, not a claim about speed: other tests, perhaps other people's work, share the machine. What a test
 expects to be ended must go on for longer by itself."""
 
+HTTP = httpx.Client(timeout=HANG_S, limits=httpx.Limits(max_keepalive_connections=0))
+"""For requests to servers that come and go. ``httpx.get`` waits for 5 s at most, and reads all certificates for each
+request, which takes 24 ms."""
+
 _STACK, _PREFECT = "tests/stack", "prefect"
 _WITH_PREFECT = {f"tests/pipelines/test_{name}.py" for name in ("release", "maintenance", "deployments")}
 _RECOVERY = "tests/pipelines/test_recovery.py"
@@ -49,13 +54,21 @@ _LONGEST_FIRST = (
     _RECOVERY,
     "tests/pipelines/test_other_data.py",
     "tests/training/test_path.py",
-    *(f"tests/training/test_{name}.py" for name in ("search", "workers", "receptive_fields", "notebook")),
-    *(
-        f"tests/pipelines/test_{name}.py"
-        for name in ("run", "promotion", "data_guide", "scoring", "publish", "rollback")
-    ),
-    *(f"tests/monitoring/test_{name}.py" for name in ("rules", "live")),
-    *(f"tests/serving/gateway/test_{name}.py" for name in ("fuzz", "workers")),
+    "tests/pipelines/test_run.py",
+    "tests/pipelines/test_promotion.py",
+    "tests/serving/gateway/test_fuzz.py",
+    "tests/training/test_search.py",
+    "tests/training/test_workers.py",
+    "tests/pipelines/test_data_guide.py",
+    "tests/pipelines/test_scoring.py",
+    "tests/monitoring/test_rules.py",
+    "tests/monitoring/test_live.py",
+    "tests/training/test_notebook.py",
+    "tests/pipelines/test_publish.py",
+    "tests/pipelines/test_rollback.py",
+    "tests/serving/gateway/test_workers.py",
+    "tests/k8s/test_manifests.py",
+    "tests/training/test_receptive_fields.py",
 )
 """Groups of tests that take over 15 s. Begun last, one of them would leave the other workers without work."""
 

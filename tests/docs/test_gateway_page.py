@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import HTTP, ROOT, clean_environment
 from tests.docs.commands import documented
 from tests.serving.gateway.conftest import HANG_S, Here, eventually
 from tests.stack.conftest import free_ports
@@ -53,6 +53,6 @@ def test_the_keys_block_makes_a_key_that_lets_its_owner_in(here: Here, tmp_path:
 
 def ready(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+        return HTTP.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
     except httpx.TransportError:
         return False

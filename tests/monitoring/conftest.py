@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from pipelines import ledger, prefect_server, serving_config
 from pipelines.settings import Settings
 from serving.protos import digits_pb2
-from tests.conftest import HANG_S, ROOT, clean_environment
+from tests.conftest import HANG_S, HTTP, ROOT, clean_environment
 from tests.serving.gateway.conftest import Here, LoopThread, random_images, start_gateway, stop_gateway
 from tests.stack.conftest import free_ports
 
@@ -79,13 +79,13 @@ class Prometheus:
         while time.monotonic() < deadline:
             assert self.process.poll() is None, "Prometheus ended"
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://{self.address}/-/ready", timeout=HANG_S).status_code == 200:
+                if HTTP.get(f"http://{self.address}/-/ready").status_code == 200:
                     return
             time.sleep(0.1)
         pytest.fail("Prometheus was never ready")
 
     def get(self, path: str, **params: str) -> Any:
-        answer = httpx.get(f"http://{self.address}/api/v1/{path}", params=params, timeout=HANG_S)
+        answer = HTTP.get(f"http://{self.address}/api/v1/{path}", params=params)
         assert answer.status_code == 200, answer.text
         return answer.json()["data"]
 

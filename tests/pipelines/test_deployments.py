@@ -9,18 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
-from tests.conftest import HANG_S, ROOT
+from tests.conftest import HANG_S, HTTP, ROOT
 from tests.pipelines.conftest import environment_for, run
 
 
 def make_pools(prefect_url: str) -> None:
     for kind in ("process", "kubernetes"):
         body = {"name": f"digits-{kind}", "type": kind}
-        httpx.post(f"{prefect_url}/work_pools/", json=body).raise_for_status()
+        HTTP.post(f"{prefect_url}/work_pools/", json=body).raise_for_status()
 
 
 def test_every_deployment_is_accepted_and_one_runs_at_a_time(toy: Path, prefect_url: str) -> None:
@@ -33,7 +32,7 @@ def test_every_deployment_is_accepted_and_one_runs_at_a_time(toy: Path, prefect_
     for pool, folder in (("process", str(toy)), ("kubernetes", "/project")):
         crons = {}
         for flow in ("release", "maintenance", "score"):
-            deployment = httpx.get(f"{prefect_url}/deployments/name/{flow}/{pool}").raise_for_status().json()
+            deployment = HTTP.get(f"{prefect_url}/deployments/name/{flow}/{pool}").raise_for_status().json()
             crons[flow] = [s["schedule"]["cron"] for s in deployment["schedules"] if s["active"]]
             assert deployment["work_pool_name"] == f"digits-{pool}"
             (step,) = deployment["pull_steps"]
@@ -67,7 +66,7 @@ def test_process_worker_releases_and_a_cancelled_run_leaves_nothing_half_done(to
             assert time.monotonic() < deadline
             time.sleep(0.2)
         state = {"state": {"type": "CANCELLING"}, "force": False}
-        httpx.post(f"{prefect_url}/flow_runs/{cancelled}/set_state", json=state).raise_for_status()
+        HTTP.post(f"{prefect_url}/flow_runs/{cancelled}/set_state", json=state).raise_for_status()
         assert ended(prefect_url, cancelled) == "CANCELLED"
         assert psutil.wait_procs(stages, timeout=HANG_S)[1] == []
         (toy / "weights.txt").write_text("second")
@@ -96,7 +95,7 @@ def start(project: Path, prefect_url: str) -> str:
 def ended(prefect_url: str, run_id: str) -> str:
     deadline = time.monotonic() + HANG_S
     while True:
-        state = httpx.get(f"{prefect_url}/flow_runs/{run_id}").json()["state_type"]
+        state = HTTP.get(f"{prefect_url}/flow_runs/{run_id}").json()["state_type"]
         if state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
             return state
         assert time.monotonic() < deadline, state

@@ -78,7 +78,7 @@ def kill_during(root: Path, stage: str) -> None:
             if any(f"training {stage}" in command for _, command in running_below(process.pid)):
                 time.sleep(0.7)
                 return
-            time.sleep(0.05)
+            time.sleep(0.2)
         pytest.fail(f"dvc repro ended before {stage} began:\n{process.stdout.read() if process.stdout else ''}")
     finally:
         if process.poll() is None:

@@ -23,7 +23,7 @@ import pytest
 from pipelines import ledger, serving_config, versioning
 from pipelines.locks import only_one
 from pipelines.settings import Settings
-from tests.conftest import HANG_S
+from tests.conftest import HANG_S, HTTP
 from tests.pipelines.conftest import environment_for, run
 from tests.stack.conftest import free_ports
 
@@ -67,12 +67,12 @@ def release(project: Path, prefect_url: str) -> subprocess.CompletedProcess[str]
 def last_run(prefect_url: str) -> dict:
     """The newest flow run, as the server has it."""
     body = {"sort": "EXPECTED_START_TIME_DESC", "limit": 1}
-    return httpx.post(f"{prefect_url}/flow_runs/filter", json=body).json()[0]
+    return HTTP.post(f"{prefect_url}/flow_runs/filter", json=body).json()[0]
 
 
 def artifacts_of_last_run(prefect_url: str) -> dict[str, dict]:
     body = {"flow_runs": {"id": {"any_": [last_run(prefect_url)["id"]]}}}
-    return {a["key"]: a for a in httpx.post(f"{prefect_url}/artifacts/filter", json=body).json()}
+    return {a["key"]: a for a in HTTP.post(f"{prefect_url}/artifacts/filter", json=body).json()}
 
 
 def steps(done: subprocess.CompletedProcess[str]) -> list[tuple[str, str]]:
@@ -206,7 +206,7 @@ def test_webhook_is_told_of_what_matters_and_its_secret_stays_secret(
     assert "version 2 is published" in webhook.calls[2]["text"]
     assert "the loss is not a number" in webhook.calls[3]["text"]
     assert webhook.calls[2]["url"].endswith(f"/runs/flow-run/{webhook.calls[2]['run_id']}")
-    logs = httpx.post(f"{prefect_url}/logs/filter", json={"limit": 200}).text
+    logs = HTTP.post(f"{prefect_url}/logs/filter", json={"limit": 200}).text
     assert "s3cret" not in said + logs
 
 
@@ -272,7 +272,7 @@ def test_release_stopped_on_request_leaves_nothing_half_done(toy: Path, prefect_
         process.send_signal(signal.SIGINT)
     else:
         state = {"state": {"type": "CANCELLING"}, "force": False}
-        httpx.post(f"{prefect_url}/flow_runs/{last_run(prefect_url)['id']}/set_state", json=state).raise_for_status()
+        HTTP.post(f"{prefect_url}/flow_runs/{last_run(prefect_url)['id']}/set_state", json=state).raise_for_status()
     _, stderr = process.communicate(timeout=HANG_S)
     assert process.returncode == 130, stderr
     assert "cancelled   the served version stays; the next release goes on from here" in stderr
@@ -342,7 +342,7 @@ def test_schedule_survives_a_stop_and_allows_one_release_at_a_time(toy: Path, pr
         assert process.wait(HANG_S) == 0
     finally:
         process.kill()
-    deployment = httpx.get(f"{prefect_url}/deployments/name/release/nightly").json()
+    deployment = HTTP.get(f"{prefect_url}/deployments/name/release/nightly").json()
     assert deployment["paused"] is False
     assert [(s["active"], s["schedule"]["cron"]) for s in deployment["schedules"]] == [(True, "0 3 * * *")]
     assert deployment["parameters"]["profile"] == "full"
@@ -367,20 +367,20 @@ def test_schedule_alone_plans_releases_and_one_outlives_its_prefect_server(toy: 
         said = process.stdout.readline()
         assert said == f"releases at '0 3 * * *' (UTC); Prefect's UI: http://127.0.0.1:{port}; stop: Ctrl-C\n"
         planned = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
-        runs = wait_until(lambda: httpx.post(f"{url}/flow_runs/filter", json=planned).json())
+        runs = wait_until(lambda: HTTP.post(f"{url}/flow_runs/filter", json=planned).json())
         assert all("T03:00:00" in run["expected_start_time"] for run in runs)
-        assert "<title>Prefect" in httpx.get(f"http://127.0.0.1:{port}/", follow_redirects=True).text
+        assert "<title>Prefect" in HTTP.get(f"http://127.0.0.1:{port}/", follow_redirects=True).text
 
         deployment = runs[0]["deployment_id"]
-        started = httpx.post(f"{url}/deployments/{deployment}/create_flow_run", json={"state": {"type": "SCHEDULED"}})
+        started = HTTP.post(f"{url}/deployments/{deployment}/create_flow_run", json={"state": {"type": "SCHEDULED"}})
         wait_until(lambda: [p for p in below(process) if working_on("evaluate", p)])
         (server,) = [p for p in below(process) if "pipelines.prefect_server" in p.cmdline()]
         server.send_signal(signal.SIGKILL)
         (toy / "go").touch()
         run_url = f"{url}/flow_runs/{started.json()['id']}"
         ends = ("COMPLETED", "FAILED", "CRASHED")
-        wait_until(lambda: httpx.get(run_url, timeout=HANG_S).json()["state_type"] in ends)
-        assert httpx.get(run_url).json()["state_type"] == "COMPLETED"
+        wait_until(lambda: HTTP.get(run_url).json()["state_type"] in ends)
+        assert HTTP.get(run_url).json()["state_type"] == "COMPLETED"
         assert not server.is_running()
         assert versions(toy) == ["1"]
 
@@ -407,7 +407,7 @@ def test_releases_every_two_minutes_publish_only_what_passes(toy: Path) -> None:
 
     def ended(count: int) -> list[dict]:
         try:
-            runs = httpx.post(f"{url}/flow_runs/filter", json=body, timeout=HANG_S).json()
+            runs = HTTP.post(f"{url}/flow_runs/filter", json=body).json()
         except httpx.TransportError:  # the server is still starting
             return []
         return runs if len(runs) >= count else []

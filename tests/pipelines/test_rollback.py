@@ -21,7 +21,7 @@ from pipelines.promotion import PromotionError, promote, rollback
 from pipelines.run import model_server_command
 from pipelines.settings import Settings
 from pipelines.versions import find_version
-from tests.conftest import HANG_S, ROOT, clean_environment
+from tests.conftest import HANG_S, HTTP, ROOT, clean_environment
 from tests.pipelines.test_promotion import add_version
 from tests.stack.conftest import free_ports
 
@@ -51,7 +51,7 @@ class Served:
 
     def labelled(self) -> str:
         """The version that answers who asks the gateway for no version."""
-        answer = httpx.post(f"{self.rest_url}/classify", content=SEVEN, headers={"Content-Type": "image/png"})
+        answer = HTTP.post(f"{self.rest_url}/classify", content=SEVEN, headers={"Content-Type": "image/png"})
         return answer.raise_for_status().json()["model_version"]
 
     def unlabelled(self) -> int:
@@ -59,7 +59,7 @@ class Served:
         image = {"b64": base64.b64encode(png()).decode()}
         url = f"{self.settings.model_server_url}/v1/models/digits:predict"
         body = {"signature_name": "encoded", "instances": [{"image_bytes": image}]}
-        return httpx.post(url, json=body).raise_for_status().json()["predictions"][0]["digit"]
+        return HTTP.post(url, json=body).raise_for_status().json()["predictions"][0]["digit"]
 
     def loaded(self) -> list[int]:
         states = model_server.version_states(self.settings) or {}
@@ -117,7 +117,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yours.publish(1)
         wait_for("version 1 to be loaded", lambda: yours.loaded() == [1])
         promote(settings, 1)
-        wait_for("the gateway", lambda: httpx.get(f"{yours.rest_url}/readyz").status_code == 200)
+        wait_for("the gateway", lambda: HTTP.get(f"{yours.rest_url}/readyz").status_code == 200)
         yield yours
 
 

@@ -22,7 +22,7 @@ import pytest
 from pipelines.dataset import DataError
 from pipelines.run import model_server_command, supervisor_config, why_not_up_to_date
 from pipelines.settings import Settings
-from tests.conftest import HANG_S
+from tests.conftest import HANG_S, HTTP
 from tests.pipelines.conftest import environment_for, run
 
 # Servers that start at once, in place of ours: what is tried here is what keeps them running, not they.
@@ -118,9 +118,9 @@ def test_serves_at_once_restarts_what_falls_over_and_stops_cleanly(served: Path)
         assert any(
             re.search(rf"draw a digit +http://localhost:{stack.url.rpartition(':')[2]}/", line) for line in stack.said
         )
-        before = httpx.get(stack.url + "/readyz").text
+        before = HTTP.get(stack.url + "/readyz").text
         with suppress(httpx.TransportError):
-            httpx.get(stack.url + "/crash")
+            HTTP.get(stack.url + "/crash")
         stack.wait_for(
             "gateway stopped (exit status 3; not expected); starting it again. Its log: run/logs/gateway.log"
         )
@@ -128,8 +128,9 @@ def test_serves_at_once_restarts_what_falls_over_and_stops_cleanly(served: Path)
         after = before
         while after == before:
             assert time.monotonic() < deadline
+            time.sleep(0.05)
             with suppress(httpx.TransportError):
-                after = httpx.get(stack.url + "/readyz").text
+                after = HTTP.get(stack.url + "/readyz").text
         flags = (served / "run" / "logs" / "model-server.log").read_text()
         assert f"--model_config_file={served}/models/models.config --model_config_file_poll_wait_seconds=1" in flags
         processes = stack.everything()

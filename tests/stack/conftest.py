@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import HANG_S, OUTPUT, clean_environment, copy_checkout
+from tests.conftest import HANG_S, HTTP, OUTPUT, clean_environment, copy_checkout
 
 FIRST_ANSWER_S = 900  # a hang's limit, not a claim about speed: training shares two cores with the other tests
 
@@ -61,7 +61,7 @@ def wait_until_ready(rest_url: str, process: subprocess.Popen, log: Path, limit_
         if process.poll() is not None:
             pytest.fail(f"the stack ended with {process.returncode}:\n{tail(log)}")
         with contextlib.suppress(httpx.TransportError):
-            answer = httpx.get(rest_url + "/readyz", timeout=5)
+            answer = HTTP.get(rest_url + "/readyz", timeout=5)
             if answer.status_code == 200:
                 return answer.json()
         time.sleep(0.25)

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import HANG_S, ROOT, running_below
+from tests.conftest import HANG_S, HTTP, ROOT, running_below
 from tests.stack.conftest import Stack, free_ports, run_environment, tail
 from tests.stack.test_bad_requests import drawn_seven, encode
 
@@ -29,7 +29,7 @@ def wait_for_seven(stack: Stack, limit_s: float = HANG_S) -> None:
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
-            answer = httpx.post(stack.rest_url + "/classify", content=encode(drawn_seven()), timeout=HANG_S)
+            answer = HTTP.post(stack.rest_url + "/classify", content=encode(drawn_seven()))
             if answer.status_code == 200:
                 assert answer.json()["digit"] == 7
                 return
@@ -53,7 +53,7 @@ def test_a_killed_model_server_is_a_clean_error_and_comes_back(stack: Stack) -> 
     before.wait(HANG_S)
     seen = set()
     for _ in range(20):
-        answer = httpx.post(stack.rest_url + "/classify", content=encode(drawn_seven()), timeout=HANG_S)
+        answer = HTTP.post(stack.rest_url + "/classify", content=encode(drawn_seven()))
         seen.add(answer.status_code)
         if answer.status_code != 200:
             assert answer.json()["error"]["code"] in {"model_unavailable", "deadline_exceeded", "overloaded"}

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from serving.protos import digits_pb2, digits_pb2_grpc
+from tests.conftest import HTTP
 from tests.stack.conftest import Stack
 
 
@@ -62,7 +63,7 @@ BAD: dict[str, tuple[Callable[[], bytes], set[tuple[int, str]]]] = {
 
 
 def assert_still_reads(stack: Stack) -> None:
-    answer = httpx.post(stack.rest_url + "/classify", content=encode(drawn_seven()))
+    answer = HTTP.post(stack.rest_url + "/classify", content=encode(drawn_seven()))
     assert (answer.status_code, answer.json()["digit"]) == (200, 7)
 
 
@@ -71,7 +72,7 @@ def test_a_bad_request_is_refused_over_rest_and_nothing_falls_over(stack: Stack,
     """The right status, the stable code, a message for people, the request id; never a traceback."""
     make, expected = BAD[what]
     try:
-        answer = httpx.post(
+        answer = HTTP.post(
             stack.rest_url + "/classify", content=make(), headers={"Content-Type": "image/png"}, timeout=30
         )
     except httpx.WriteError:
@@ -119,5 +120,5 @@ def alpha() -> bytes:
 )
 def test_unusual_pictures_are_read_not_refused(stack: Stack, make: Callable[[], bytes]) -> None:
     """CMYK, 16-bit and alpha pictures hold a digit like any other."""
-    answer = httpx.post(stack.rest_url + "/classify", content=make())
+    answer = HTTP.post(stack.rest_url + "/classify", content=make())
     assert (answer.status_code, answer.json().get("digit")) == (200, 7)

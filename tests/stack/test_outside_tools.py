@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from serving.protos import digits_pb2
-from tests.conftest import HANG_S
+from tests.conftest import HANG_S, HTTP
 from tests.stack.conftest import Stack, free_ports
 from tests.stack.test_bad_requests import drawn_seven, encode
 
@@ -48,7 +48,7 @@ def ask(prometheus: str, query: str, limit_s: float = HANG_S) -> list[dict]:
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
-            answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": query})
+            answer = HTTP.get(f"{prometheus}/api/v1/query", params={"query": query})
             if answer.status_code == 200 and (series := answer.json()["data"]["result"]):
                 return series
         time.sleep(0.3)
@@ -59,7 +59,7 @@ def ask(prometheus: str, query: str, limit_s: float = HANG_S) -> list[dict]:
 def test_a_real_prometheus_scrapes_requests_by_route_and_version(stack: Stack, prometheus: str) -> None:
     """What was asked is counted, with the version that answered; a quantile of the duration can be computed."""
     for _ in range(20):
-        httpx.post(stack.rest_url + "/classify", content=encode(drawn_seven()))
+        HTTP.post(stack.rest_url + "/classify", content=encode(drawn_seven()))
     series = ask(prometheus, 'sum by (model_version) (digits_request_duration_seconds_count{route="/classify"}) >= 20')
     # Refused requests have no version; other tests may have sent many.
     assert "1" in {one["metric"].get("model_version") for one in series}

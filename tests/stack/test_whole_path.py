@@ -10,7 +10,6 @@ from pathlib import Path
 
 import aiohttp
 import grpc
-import httpx
 import numpy as np
 import psutil
 import pytest
@@ -18,7 +17,7 @@ from PIL import Image
 
 from digits.contract import OUTPUT_DIGIT, OUTPUT_PROBABILITIES, SIGNATURE
 from serving.protos import digits_pb2, digits_pb2_grpc
-from tests.conftest import HANG_S, running_below
+from tests.conftest import HANG_S, HTTP, running_below
 from tests.stack.conftest import Stack, start_run, stop_run
 from tests.stack.test_bad_requests import drawn_seven, encode
 
@@ -167,8 +166,8 @@ def test_metrics_and_history_are_there_for_dvc(stack: Stack) -> None:
 
 def test_prometheus_sees_the_requests(stack: Stack) -> None:
     """After a request, the gateway's counters name its route and the model's version."""
-    httpx.post(stack.rest_url + "/classify", content=b"", headers={"Content-Type": "image/png"})
-    text = httpx.get(stack.rest_url + "/metrics").text
+    HTTP.post(stack.rest_url + "/classify", content=b"", headers={"Content-Type": "image/png"})
+    text = HTTP.get(stack.rest_url + "/metrics").text
     assert "digits_request_duration_seconds_bucket" in text
     assert 'model_version="1"' in text
 
@@ -186,5 +185,5 @@ def test_ctrl_c_leaves_nothing_running_and_a_second_run_reuses_everything(stack:
     assert stack.wait_until_ready(limit_s=120)
     second_run = "\n".join(stack.log.read_text().splitlines()[lines_before:])
     assert "train" not in second_run
-    answer = httpx.post(stack.rest_url + "/classify", content=encode(drawn_seven())).json()
+    answer = HTTP.post(stack.rest_url + "/classify", content=encode(drawn_seven())).json()
     assert (answer["digit"], answer["model_version"]) == (7, "1")

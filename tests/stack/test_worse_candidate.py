@@ -4,11 +4,10 @@ import json
 import subprocess
 import sys
 
-import httpx
 import numpy as np
 import yaml
 
-from tests.conftest import HANG_S
+from tests.conftest import HANG_S, HTTP
 from tests.stack.conftest import Stack
 from tests.stack.test_bad_requests import drawn_seven, encode
 
@@ -43,5 +42,5 @@ def test_a_worse_candidate_is_rejected_and_the_served_version_stays(stack: Stack
     assert decision["accepted"] is False
     assert not all(check["passed"] for check in decision["checks"])
     assert [p.name for p in stack.model_dir.iterdir() if p.is_dir()] == ["1"]
-    answer = httpx.post(stack.rest_url + "/classify", content=encode(drawn_seven())).json()
+    answer = HTTP.post(stack.rest_url + "/classify", content=encode(drawn_seven())).json()
     assert (answer["digit"], answer["model_version"]) == (7, "1")
