@@ -21,7 +21,8 @@ SAMPLES = Path(__file__).parents[2] / "serving" / "gateway" / "page"
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 
-LIMIT_MS = 15_000  # a hang's limit, not a claim about speed
+LIMIT_MS = 120_000  # a hang's limit, not a claim about speed
+expect.set_options(timeout=LIMIT_MS)
 
 
 @pytest.fixture(scope="module")
