@@ -122,21 +122,22 @@ def draw_mistakes(
     predicted = probabilities.argmax(axis=1)
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:limit]
-    columns = 10
-    rows = max(1, -(-len(wrong) // columns))
-    figure = new_figure(columns * 1.05, rows * 1.38 + 0.6)
-    axis = figure.subplots()
-    axis.set_axis_off()
-    if not len(wrong):
-        axis.text(0, 0.5, "no mistakes", transform=axis.transAxes)
     texts = []
     for index in wrong:
         read = predicted[index]
         true, taken_for = (textwrap.shorten(names[k], 12, placeholder="…") for k in (labels[index], read))
         between = "\n" if len(true) + len(taken_for) > 8 else " "
         texts.append(f"{true} read as{between}{taken_for}\n{probabilities[index, read]:.0%}  #{index}")
-    lines = max((text.count("\n") + 1 for text in texts), default=0)
-    corners = show_images(axis, images[wrong], columns, gap_px=(2 + 4 * lines, 4)) if texts else ()
+    columns, beside = 10, 4
+    above = 2 + 4 * max((text.count("\n") + 1 for text in texts), default=0)
+    inches = 1.05 / (images.shape[2] + beside)  # of a pixel
+    rows = max(1, -(-len(wrong) // columns))
+    figure = new_figure(columns * 1.05, rows * (images.shape[1] + above) * inches + 0.5)
+    axis = figure.subplots()
+    axis.set_axis_off()
+    if not len(wrong):
+        axis.text(0, 0.5, "no mistakes", transform=axis.transAxes)
+    corners = show_images(axis, images[wrong], columns, (above, beside)) if len(wrong) else ()
     for (x, y), text in zip(corners, texts, strict=True):
         axis.text(x + images.shape[2] / 2, y - 1, text, ha="center", va="bottom", size=7.5)
     figure.suptitle(title)
