@@ -29,11 +29,14 @@ MAX_TURNS = 2
 SHARE_BESIDE = 0.5
 """What waits goes beside what is under way if it is at least this share of the last call."""
 
-SHORT_CALL_TIMES = 3
-"""Under lasting overload batches are so small that a call takes about so many times what one takes in calm."""
+FEW_SHARE = 1 / 16
+"""A call of so much of a batch is one of few images. Under lasting overload batches do not become smaller than that."""
 
-SHORT_BATCH_SHARE = 1 / 16
-"""But no smaller than this share of a batch."""
+SHORT_CALL_TIMES = 6
+"""But so small that a call takes about so many times what one of few images takes that is alone at the model server."""
+
+UNKNOWN_SHARE = 1 / 4
+"""How much of a batch they are as long as no such call has been seen."""
 
 SHORT_QUEUE_SHARE = 0.5
 """Under lasting overload so much of a batch may wait beside what goes at once; more would wait longer to no use."""
@@ -168,7 +171,8 @@ class Predictor:
         self._standing_since = self._overload_until = 0.0
         self._limit = max_batch
         """Images of one call: ``max_batch``, or fewer under lasting overload."""
-        self._calm_call_s = 0.0
+        self._few = max(1, int(FEW_SHARE * max_batch))
+        self._few_s = 0.0
         self._images_per_s = 0.0
         self._closed = False
         metrics.watch_predictor(lambda: self.queued_images, lambda: len(self._calls))
@@ -249,9 +253,9 @@ class Predictor:
             self._refuse_as_too_slow()
 
     def _short_batch(self) -> int:
-        """Images of a call under lasting overload: at the pace of late they take a few times as long as a calm call."""
-        fitting = int(self._images_per_s * SHORT_CALL_TIMES * self._calm_call_s) or self._max_batch
-        return min(self._max_batch, max(1, int(SHORT_BATCH_SHARE * self._max_batch), fitting))
+        """Images of a call under lasting overload: at the pace of late they take a few times as long as a few do."""
+        fitting = self._images_per_s * SHORT_CALL_TIMES * self._few_s or UNKNOWN_SHARE * self._max_batch
+        return min(self._max_batch, max(self._few, int(fitting)))
 
     def _burst_s(self) -> float:
         return max(self._max_burst_s, 4 * self._call_s)
@@ -333,7 +337,7 @@ class Predictor:
     async def _call(self, batch: list[Place]) -> None:
         started = time.monotonic()
         count = sum(place.count for place in batch)
-        in_calm = len(self._calls) == 1 and started >= self._overload_until
+        alone = len(self._calls) == 1
         METADATA.set(next((place.metadata for place in batch if place.metadata), ()))
         try:
             images_u8 = b"".join([place.images_u8 for place in batch])
@@ -353,8 +357,8 @@ class Predictor:
             took_s = max(time.monotonic() - started, 1e-6)
             self._images_per_s = _smoothed(self._images_per_s, count / took_s)
             self._call_s = _smoothed(self._call_s, took_s)
-            if in_calm:
-                self._calm_call_s = _smoothed(self._calm_call_s, took_s)
+            if alone and count <= self._few:
+                self._few_s = _smoothed(self._few_s, took_s)
             if self._queue:
                 self._wake()
 
