@@ -32,7 +32,10 @@ SHARE_BESIDE = 0.5
 FEW_SHARE = 1 / 16
 """A call of so much of a batch is one of few images. Under lasting overload batches do not become smaller than that."""
 
-SHORT_CALL_TIMES = 6
+FEW_RISE = 0.01
+"""Weight of a slower such call among those before."""
+
+SHORT_CALL_TIMES = 8
 """But so small that a call takes about so many times what one of few images takes that is alone at the model server."""
 
 UNKNOWN_SHARE = 1 / 4
@@ -358,7 +361,8 @@ class Predictor:
             self._images_per_s = _smoothed(self._images_per_s, count / took_s)
             self._call_s = _smoothed(self._call_s, took_s)
             if alone and count <= self._few:
-                self._few_s = _smoothed(self._few_s, took_s)
+                # The quickest of late: what else the machine does is no reason for larger batches.
+                self._few_s = took_s if took_s < self._few_s else _smoothed(self._few_s, took_s, FEW_RISE)
             if self._queue:
                 self._wake()
 
@@ -409,8 +413,8 @@ class Predictor:
         return min(60.0, max(1.0, math.ceil(self.queued_images / rate))) if rate else 1.0
 
 
-def _smoothed(before: float, now: float) -> float:
-    return 0.8 * before + 0.2 * now if before else now
+def _smoothed(before: float, now: float, weight: float = 0.2) -> float:
+    return before + weight * (now - before) if before else now
 
 
 def _expired() -> UpstreamTimeout:
