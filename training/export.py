@@ -18,12 +18,12 @@ from digits import contract
 from digits.errors import DigitsError
 from training.model import (
     Calibration,
-    ShiftedCopies,
+    TurnedCopies,
     load_model,
     mean_of_copies,
     model_sha256,
     predict_probabilities,
-    shifted_copies,
+    turned_copies,
 )
 from training.params import Params
 from training.verify import GOLDEN_FILE, verify
@@ -164,8 +164,8 @@ class ServedPerceptron(tf.Module):
         # Tracked by name, so that the variables are in the SavedModel.
         self.weights = [a for layer in self._layers for a in layer if isinstance(a, tf.Variable)]
         self._scale = float(model.get_layer("scale").scale)
-        # Answers are the mean over the image moved by up to so many pixels.
-        self._reach_px = next((layer.reach_px for layer in model.layers if isinstance(layer, ShiftedCopies)), 0)
+        # Answers are the mean over the image as it is and turned by this angle both ways.
+        self._turn_deg = next((layer.angle_deg for layer in model.layers if isinstance(layer, TurnedCopies)), 0.0)
         self._abstain_below = float(model.get_layer("calibration").abstain_below)
 
     def signatures(self) -> dict[str, Any]:
@@ -185,8 +185,8 @@ class ServedPerceptron(tf.Module):
     def classify(self, images: Any) -> dict[str, Any]:
         """Classify images uint8 (N, 28, 28)."""
         x = tf.cast(images, tf.float32) * self._scale
-        if self._reach_px:
-            x = shifted_copies(x, self._reach_px)
+        if self._turn_deg:
+            x = turned_copies(x, self._turn_deg)
         x = tf.reshape(x, (-1, contract.IMAGE_BYTES))  # (N, 784), or more with copies
         for kernel, bias, norm, activation in self._layers:
             x = tf.matmul(x, kernel)
@@ -198,8 +198,8 @@ class ServedPerceptron(tf.Module):
                 x = (x - mean) * tf.math.rsqrt(variance + epsilon) * gamma + beta
             if activation is not None:
                 x = _ACTIVATIONS[activation](x)
-        if self._reach_px:
-            x = mean_of_copies(x, self._reach_px)
+        if self._turn_deg:
+            x = mean_of_copies(x)
         return {
             contract.OUTPUT_PROBABILITIES: tf.nn.softmax(x),
             contract.OUTPUT_DIGIT: tf.argmax(x, axis=1, output_type=tf.int64),

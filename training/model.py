@@ -47,8 +47,8 @@ def build_model(params: ModelParams, class_count: int, precision: str) -> keras.
         "kernel_regularizer": l2,
         "dtype": policy,
     }
-    if params.averaged_shifts_px:
-        x = ShiftedCopies(params.averaged_shifts_px, dtype="float32", name="copies")(x)
+    if params.averaged_turn_deg:
+        x = TurnedCopies(params.averaged_turn_deg, dtype="float32", name="copies")(x)
     if params.receptive_fields:
         x = keras.layers.Reshape((IMAGE_HEIGHT, IMAGE_WIDTH, 1), dtype=policy, name="plane")(x)
     for i, field in enumerate(params.receptive_fields, start=1):
@@ -58,8 +58,8 @@ def build_model(params: ModelParams, class_count: int, precision: str) -> keras.
     for i, width in enumerate(params.hidden_widths, start=len(params.receptive_fields) + 1):
         x = _activate(keras.layers.Dense(width, name=f"dense_{i}", **setting)(x), params, policy, i)
     x = keras.layers.Dense(class_count, kernel_regularizer=l2, dtype="float32", name="logits")(x)
-    if params.averaged_shifts_px:
-        x = MeanOfCopies(params.averaged_shifts_px, dtype="float32", name="mean")(x)
+    if params.averaged_turn_deg:
+        x = MeanOfCopies(dtype="float32", name="mean")(x)
     return keras.Model(images, Calibration(dtype="float32", name="calibration")(x), name="digits")
 
 
@@ -77,30 +77,57 @@ def _activate(x: Any, params: ModelParams, policy: keras.dtype_policies.DTypePol
     return x
 
 
-def shifted_copies(images: Any, reach_px: int) -> Any:
-    """Each image (N, H, W) moved by every whole number of pixels up to ``reach_px``, paper (0) moving in.
+def turned_copies(images: Any, angle_deg: float) -> Any:
+    """Each image (N, H, W) turned about its middle by -angle, 0 and +angle, linear between pixels, paper (0) outside.
 
     Returns:
-        (N * (2 * reach_px + 1)^2, H, W), the copies of an image in a row.
+        (N * 3, H, W), the copies of an image in a row.
     """
     height, width = images.shape[1:]
-    padded = tf.pad(images, ((0, 0), (reach_px, reach_px), (reach_px, reach_px)))
-    moves = range(2 * reach_px + 1)
-    copies = tf.stack([padded[:, y : y + height, x : x + width] for y in moves for x in moves], axis=1)
+    places, shares = _turns(height, width, angle_deg)
+    flat = tf.reshape(images, (-1, height * width))
+    read = tf.gather(tf.pad(flat, ((0, 0), (0, 1))), places.ravel(), axis=1)
+    turned = tf.reduce_sum(tf.reshape(read, (-1, *places.shape)) * shares, axis=-1)  # (N, 2, H * W)
+    copies = tf.concat([turned[:, :1], flat[:, None], turned[:, 1:]], axis=1)
     return tf.reshape(copies, (-1, height, width))
 
 
-def mean_of_copies(logits: Any, reach_px: int) -> Any:
-    """The mean logits (N, C) of each image's copies (N * (2 * reach_px + 1)^2, C)."""
-    return tf.reduce_mean(tf.reshape(logits, (-1, (2 * reach_px + 1) ** 2, logits.shape[-1])), axis=1)
+def mean_of_copies(logits: Any) -> Any:
+    """The mean logits (N, C) of each image's three copies (N * 3, C)."""
+    return tf.reduce_mean(tf.reshape(logits, (-1, 3, logits.shape[-1])), axis=1)
 
 
-class _OfCopies(keras.layers.Layer):
-    """A layer that does nothing while training, which sees each image in one place at a time."""
+def _turns(height: int, width: int, angle_deg: float) -> tuple[np.ndarray, np.ndarray]:
+    """For both turns and each pixel the four places in the image that it is read from, (2, H * W, 4), and their shares.
 
-    def __init__(self, reach_px: int, **options: Any) -> None:
+    The place after the image's last is paper.
+    """
+    rows, columns = np.mgrid[0:height, 0:width]
+    y, x = rows.ravel() - (height - 1) / 2, columns.ravel() - (width - 1) / 2
+    angles = np.radians([[-angle_deg], [angle_deg]])
+    source_y = np.sin(angles) * x + np.cos(angles) * y + (height - 1) / 2  # (2, H * W)
+    source_x = np.cos(angles) * x - np.sin(angles) * y + (width - 1) / 2
+    places, shares = [], []
+    for down in (0, 1):
+        for right in (0, 1):
+            row, column = np.floor(source_y) + down, np.floor(source_x) + right
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            places.append(np.where(inside, row * width + column, height * width))
+            shares.append((1 - np.abs(source_y - row)) * (1 - np.abs(source_x - column)))
+    return np.stack(places, axis=-1).astype(np.int32), np.stack(shares, axis=-1).astype(np.float32)
+
+
+@keras.saving.register_keras_serializable("digits")
+class TurnedCopies(keras.layers.Layer):
+    """``turned_copies`` when the network is asked; nothing while it learns, when each image is seen once."""
+
+    def __init__(self, angle_deg: float, **options: Any) -> None:
         super().__init__(**options)
-        self.reach_px = reach_px
+        self.angle_deg = angle_deg
+
+    def call(self, images: Any, training: bool = False) -> Any:
+        """Images (N, 28, 28)."""
+        return images if training else turned_copies(images, self.angle_deg)
 
     def compute_output_shape(self, shape: Any) -> Any:
         """As the input: how many there are is not part of it."""
@@ -108,25 +135,20 @@ class _OfCopies(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """What `model.keras` keeps."""
-        return {**super().get_config(), "reach_px": self.reach_px}
+        return {**super().get_config(), "angle_deg": self.angle_deg}
 
 
 @keras.saving.register_keras_serializable("digits")
-class ShiftedCopies(_OfCopies):
-    """``shifted_copies`` when the network is asked."""
-
-    def call(self, images: Any, training: bool = False) -> Any:
-        """Images (N, 28, 28)."""
-        return images if training else shifted_copies(images, self.reach_px)
-
-
-@keras.saving.register_keras_serializable("digits")
-class MeanOfCopies(_OfCopies):
+class MeanOfCopies(keras.layers.Layer):
     """``mean_of_copies`` when the network is asked."""
 
     def call(self, logits: Any, training: bool = False) -> Any:
         """Logits (N, C)."""
-        return logits if training else mean_of_copies(logits, self.reach_px)
+        return logits if training else mean_of_copies(logits)
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        """As the input: how many there are is not part of it."""
+        return shape
 
 
 @keras.saving.register_keras_serializable("digits")

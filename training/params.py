@@ -188,8 +188,8 @@ class ModelParams(_Section):
 
     receptive_fields: tuple[ReceptiveField, ...]
     """Hidden layers before those of ``hidden_widths`` that begin as training/receptive_fields.py says; usually none."""
-    averaged_shifts_px: int = Field(ge=0, le=2)
-    """An answer is the mean over the image moved by 0 to this many pixels each way: 1, 9 or 25 times the work."""
+    averaged_turn_deg: float = Field(ge=0.0, le=45.0)
+    """An answer is the mean over the image as it is and turned by this both ways, at 3 times the work; 0 = off."""
     hidden_widths: tuple[Annotated[int, Field(ge=1, le=16384)], ...] = Field(min_length=1)
     activation: Literal["relu", "gelu", "silu", "elu", "tanh"]
     normalisation: Literal["batch", "layer", "none"]

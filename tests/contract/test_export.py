@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from digits import contract
 from training.params import ModelParams
@@ -29,7 +30,7 @@ def make_model(**changes: Any) -> Any:
     from training.model import build_model
 
     settings = {"hidden_widths": (32, 16), "activation": "relu", "normalisation": "batch", "dropout": 0.1, "l2": 0.0}
-    settings |= {"receptive_fields": (), "averaged_shifts_px": 0}
+    settings |= {"receptive_fields": (), "averaged_turn_deg": 0.0}
     keras.utils.set_random_seed(5)
     model = build_model(ModelParams(**{**settings, **changes}), len(contract.DIGITS), "float32")
     rng = np.random.default_rng(4)
@@ -102,17 +103,22 @@ def test_every_kind_of_network_answers_as_keras_does(tmp_path: Path, normalisati
     assert expected.std() > 0.001  # not all alike
 
 
-def test_an_answer_averaged_over_shifts_is_the_mean_of_the_answers_to_each() -> None:
-    """Nine times asked by hand, once by the network, once by what is exported of it; paper moves in."""
+def test_an_answer_averaged_over_turns_is_the_mean_of_the_answers_to_each() -> None:
+    """Three times asked by hand, images turned by SciPy; once by the network, once by what is exported of it."""
+    import tensorflow as tf
+
     from training.export import ServedPerceptron
     from training.model import build_predict
 
-    alone, averaging = make_model(), make_model(averaged_shifts_px=1)
-    wide = np.pad(IMAGES, ((0, 0), (1, 1), (1, 1)))
-    ask_alone = build_predict(alone, logits=True)
-    answers = [ask_alone(wide[:, y : y + 28, x : x + 28]) for y in range(3) for x in range(3)]
+    alone, averaging = make_model(), make_model(averaged_turn_deg=12.0)
+    ask_alone = tf.function(lambda images: alone(images, training=False))
+    turned = [
+        ndimage.rotate(IMAGES.astype(np.float32), angle, axes=(1, 2), reshape=False, order=1, mode="grid-constant")
+        for angle in (-12, 0, 12)
+    ]
+    answers = [np.asarray(ask_alone(images)) for images in turned]
     expected = np.mean(answers, axis=0)
-    assert np.std(answers, axis=0).max() > 0.001  # a shift does change the answer
+    assert np.std(answers, axis=0).max() > 0.001  # a turn does change the answer
     np.testing.assert_allclose(build_predict(averaging, logits=True)(IMAGES), expected, rtol=1e-4, atol=1e-4)
     shares = np.exp(expected) / np.exp(expected).sum(axis=1, keepdims=True)
     served = ServedPerceptron(averaging, contract.DIGITS).classify(IMAGES)["probabilities"].numpy()

@@ -70,7 +70,7 @@ def test_a_profile_replaces_only_the_values_it_names(tmp_path: Path) -> None:
             {"model.receptive_fields": [{"size": 5, "stride": 2, "features": 4}], "model.normalisation": "layer"},
             ["model.normalisation is layer", "batch or none with receptive_fields"],
         ),
-        ({"model.averaged_shifts_px": 3}, ["model.averaged_shifts_px is 3", "less than or equal to 2"]),
+        ({"model.averaged_turn_deg": 90}, ["model.averaged_turn_deg is 90", "less than or equal to 45"]),
         ({"model.hidden_widths": []}, ["model.hidden_widths is []", "at least 1 item"]),
         ({"gate.max_latency_p99_ms": 1.0}, ["gate.max_latency_p99_ms is 1.0", "max_latency_ms, which is 20.0"]),
         ({"prepare.validation_images": 1500}, ["prepare.validation_images is 1500", "train_images, which is 1500"]),
