@@ -5,6 +5,7 @@
 FROM python:3.11-slim-bookworm AS build
 COPY requirements/pipeline.txt /build/
 # One package comes as source only; it is built with the locked setuptools, not with one fetched for the purpose.
+# Bytecode as in docker/model-server.Dockerfile.
 RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
     python -m venv --without-pip /opt/venv \
  && sed -n '/^setuptools==/,/# via/p' /build/pipeline.txt > /build/setuptools.txt \
@@ -13,7 +14,7 @@ RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
  && python -m pip --python /opt/venv/bin/python install --disable-pip-version-check --root-user-action=ignore \
       --require-hashes --no-deps --no-build-isolation --only-binary=:all: --no-binary=antlr4-python3-runtime \
       --no-compile -r /build/pipeline.txt \
- && PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+ && PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
 WORKDIR /app
 COPY digits digits
 COPY training training
