@@ -142,6 +142,7 @@ class Loop:
         """One step of gradient descent; this worker's part of the batch's loss and of the number of right answers."""
         teacher = self._teacher
         targets = tf.nn.softmax(teacher(images, training=False)) if teacher else self._smoothed(labels)
+        targets = tf.where(labels[:, None] == _NO_CLASS, 1.0 / self._class_count, targets)
         with tf.GradientTape() as tape:
             logits = self._model(images, training=True)
             losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
@@ -154,10 +155,9 @@ class Loop:
         return loss, hits
 
     def _smoothed(self, labels: Any) -> Any:
-        """Labels (B,) as shares (B, C), with some of it given to the other classes; an outlier's in equal shares."""
+        """Labels (B,) as shares (B, C), with some of it given to the other classes."""
         spread = self._setting.label_smoothing / self._class_count
-        shares = tf.one_hot(labels, self._class_count, 1.0 - self._setting.label_smoothing + spread, spread)
-        return tf.where(labels[:, None] == _NO_CLASS, 1.0 / self._class_count, shares)
+        return tf.one_hot(labels, self._class_count, 1.0 - self._setting.label_smoothing + spread, spread)
 
     def _update_average(self, step: Any) -> None:
         at = tf.cast(step, tf.float32)

@@ -40,6 +40,8 @@ def build_model(params: ModelParams, class_count: int, precision: str) -> keras.
     l2 = keras.regularizers.L2(params.l2) if params.l2 else None
     images = keras.Input((IMAGE_HEIGHT, IMAGE_WIDTH), dtype="float32", name="images")
     x = keras.layers.Rescaling(1 / 255, dtype="float32", name="scale")(images)
+    if params.least_contrast < 1:
+        x = Stretch(params.least_contrast, dtype="float32", name="stretch")(x)
     # A normalisation has its own offset: the layer before it needs none.
     setting: dict[str, Any] = {
         "use_bias": params.normalisation == "none",
@@ -75,6 +77,16 @@ def _activate(x: Any, params: ModelParams, policy: keras.dtype_policies.DTypePol
     if params.dropout:
         x = keras.layers.Dropout(params.dropout, dtype=policy, name=f"dropout_{i}")(x)
     return x
+
+
+def stretch(images: Any, least: float) -> Any:
+    """Images (N, H, W) of 0..1 with the lightest pixel of each at 0 and its darkest at 1.
+
+    Less than ``least`` between the two is not stretched further than that much would be: a blank sheet stays blank.
+    """
+    lightest = tf.reduce_min(images, axis=(1, 2), keepdims=True)
+    darkest = tf.reduce_max(images, axis=(1, 2), keepdims=True)
+    return (images - lightest) / tf.maximum(darkest - lightest, least)
 
 
 def turned_copies(images: Any, angle_deg: float) -> Any:
@@ -115,6 +127,23 @@ def _turns(height: int, width: int, angle_deg: float) -> tuple[np.ndarray, np.nd
             places.append(np.where(inside, row * width + column, height * width))
             shares.append((1 - np.abs(source_y - row)) * (1 - np.abs(source_x - column)))
     return np.stack(places, axis=-1).astype(np.int32), np.stack(shares, axis=-1).astype(np.float32)
+
+
+@keras.saving.register_keras_serializable("digits")
+class Stretch(keras.layers.Layer):
+    """``stretch`` as a layer."""
+
+    def __init__(self, least: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.least = least
+
+    def call(self, images: Any) -> Any:
+        """Images (N, 28, 28) in and out."""
+        return stretch(images, self.least)
+
+    def get_config(self) -> dict[str, Any]:
+        """What `model.keras` keeps."""
+        return {**super().get_config(), "least": self.least}
 
 
 @keras.saving.register_keras_serializable("digits")

@@ -186,6 +186,9 @@ _MOST_UNITS = 16384
 class ModelParams(_Section):
     """The multilayer perceptron: hidden layers of dense, normalisation, activation, dropout; then a logit a class."""
 
+    least_contrast: float = Field(gt=0.0, le=1.0)
+    """An image's lightest pixel is taken for paper and its darkest for full ink, unless they differ by less than this
+    share of full ink; 1 = off."""
     receptive_fields: tuple[ReceptiveField, ...]
     """Hidden layers before those of ``hidden_widths`` that begin as training/receptive_fields.py says; usually none."""
     averaged_turn_deg: float = Field(ge=0.0, le=45.0)

@@ -30,7 +30,7 @@ def make_model(**changes: Any) -> Any:
     from training.model import build_model
 
     settings = {"hidden_widths": (32, 16), "activation": "relu", "normalisation": "batch", "dropout": 0.1, "l2": 0.0}
-    settings |= {"receptive_fields": (), "averaged_turn_deg": 0.0}
+    settings |= {"receptive_fields": (), "averaged_turn_deg": 0.0, "least_contrast": 0.2}
     keras.utils.set_random_seed(5)
     model = build_model(ModelParams(**{**settings, **changes}), len(contract.DIGITS), "float32")
     rng = np.random.default_rng(4)
@@ -110,7 +110,7 @@ def test_an_answer_averaged_over_turns_is_the_mean_of_the_answers_to_each() -> N
     from training.export import ServedPerceptron
     from training.model import build_predict
 
-    alone, averaging = make_model(), make_model(averaged_turn_deg=12.0)
+    alone, averaging = make_model(least_contrast=1.0), make_model(least_contrast=1.0, averaged_turn_deg=12.0)
     ask_alone = tf.function(lambda images: alone(images, training=False))
     turned = [
         ndimage.rotate(IMAGES.astype(np.float32), angle, axes=(1, 2), reshape=False, order=1, mode="grid-constant")
@@ -123,6 +123,25 @@ def test_an_answer_averaged_over_turns_is_the_mean_of_the_answers_to_each() -> N
     shares = np.exp(expected) / np.exp(expected).sum(axis=1, keepdims=True)
     served = ServedPerceptron(averaging, contract.DIGITS).classify(IMAGES)["probabilities"].numpy()
     np.testing.assert_allclose(served, shares, rtol=1e-3, atol=1e-5)
+
+
+def test_grey_paper_and_faint_ink_are_no_other_image() -> None:
+    """Brighter, or of half the contrast: the same answer from Keras and what is exported; a blank sheet is blank."""
+    from training.export import ServedPerceptron
+    from training.model import build_predict
+
+    model = make_model()
+    answer = build_predict(model)
+    served = ServedPerceptron(model, contract.DIGITS)
+    images = IMAGES // 2 * 2
+    expected = answer(images)
+    for changed in (images // 2, images // 2 + 90):
+        np.testing.assert_allclose(answer(changed), expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(served.classify(changed)["probabilities"], expected, rtol=1e-3, atol=1e-4)
+    grey = np.full((3, 28, 28), 200, np.uint8)
+    np.testing.assert_allclose(answer(grey), answer(np.zeros_like(grey)), rtol=1e-4)
+    as_it_is = build_predict(make_model(least_contrast=1.0))
+    assert np.abs(as_it_is(images // 2) - as_it_is(images)).max() > 0.01
 
 
 def test_batch_norm_is_folded_away(model: Any) -> None:
