@@ -11,9 +11,9 @@ COPY digits digits
 COPY serving/__init__.py serving/client.py serving/
 COPY serving/gateway serving/gateway
 COPY serving/protos serving/protos
-# Bytecode that holds no time of its source, made by one process, for it depends a little on what that compiled before:
-# two builds of one commit are the same files.
-RUN PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib .
+# Bytecode that holds no time of its source, also (-f) of what pip's own run has compiled: two builds of one commit are
+# the same files.
+RUN PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash /opt/venv/lib .
 
 FROM python:3.11-slim-bookworm
 ARG VERSION=0.1.0

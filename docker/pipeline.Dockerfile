@@ -14,7 +14,7 @@ RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
  && python -m pip --python /opt/venv/bin/python install --disable-pip-version-check --root-user-action=ignore \
       --require-hashes --no-deps --no-build-isolation --only-binary=:all: --no-binary=antlr4-python3-runtime \
       --no-compile -r /build/pipeline.txt \
- && PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
+ && PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
 WORKDIR /app
 COPY digits digits
 COPY training training
