@@ -30,7 +30,7 @@ SHARE_BESIDE = 0.5
 """What waits goes beside what is under way if it is at least this share of the last call."""
 
 FEW_SHARE = 1 / 16
-"""A call of so much of a batch is one of few images. Under lasting overload batches do not become smaller than that."""
+"""A call of so much of a batch is one of few images."""
 
 FEW_RISE = 0.01
 """Weight of a slower such call among those before."""
@@ -38,8 +38,8 @@ FEW_RISE = 0.01
 SHORT_CALL_TIMES = 8
 """But so small that a call takes about so many times what one of few images takes that is alone at the model server."""
 
-UNKNOWN_SHARE = 1 / 4
-"""How much of a batch they are as long as no such call has been seen."""
+LEAST_SHARE = 1 / 4
+"""And no smaller than this share of a batch: on a machine with other work a call's fixed cost grows without bound."""
 
 SHORT_QUEUE_SHARE = 0.5
 """Under lasting overload so much of a batch may wait beside what goes at once; more would wait longer to no use."""
@@ -257,8 +257,8 @@ class Predictor:
 
     def _short_batch(self) -> int:
         """Images of a call under lasting overload: at the pace of late they take a few times as long as a few do."""
-        fitting = self._images_per_s * SHORT_CALL_TIMES * self._few_s or UNKNOWN_SHARE * self._max_batch
-        return min(self._max_batch, max(self._few, int(fitting)))
+        fitting = self._images_per_s * SHORT_CALL_TIMES * self._few_s
+        return min(self._max_batch, max(1, int(LEAST_SHARE * self._max_batch), int(fitting)))
 
     def _burst_s(self) -> float:
         return max(self._max_burst_s, 4 * self._call_s)
