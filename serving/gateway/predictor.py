@@ -35,7 +35,7 @@ FEW_SHARE = 1 / 16
 FEW_RISE = 0.01
 """Weight of a slower such call among those before."""
 
-SHORT_CALL_TIMES = 8
+SHORT_CALL_TIMES = 6
 """But so small that a call takes about so many times what one of few images takes that is alone at the model server."""
 
 LEAST_SHARE = 1 / 4
