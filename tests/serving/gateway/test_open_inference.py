@@ -378,6 +378,8 @@ def test_bytes_that_are_no_message_are_an_invalid_argument(here: Here) -> None:
 
 def test_a_published_client_works_unchanged(here: Here) -> None:
     """`tritonclient` from the package index: health, metadata, inference over REST (binary, JSON) and gRPC."""
+    if not (ROOT / ".tools" / "bin" / "python").exists():
+        pytest.skip("needs the tools' own environment: `make tools` (make test builds it)")
     images = random_images(5)
     script = Path(__file__).with_name("published_client.py")
     rest = here.running.rest_address
