@@ -35,25 +35,26 @@ def back_up(settings: Settings) -> tuple[Path, int]:
         DiskError: it cannot be written.
     """
     rows = [json.dumps(entry.as_json(), sort_keys=True) + "\n" for entry in ledger.read(settings)]
+    content = "".join(rows).encode()
     folder = settings.run_dir / "backups"
     looks = settings.project / "models" / "looks.jsonl"
     now = datetime.datetime.now(datetime.UTC)
     with disk_errors("the backup", folder, "the ledger itself is untouched"):
         folder.mkdir(parents=True, exist_ok=True)
-        path = _write(folder, "ledger", now, rows)
+        path = _write(folder, "ledger", now, content)
         if looks.exists():
-            _write(folder, "looks", now, [looks.read_text(encoding="utf-8")])
+            _write(folder, "looks", now, looks.read_bytes())
         fsync_folder(folder)
     return path, len(rows)
 
 
-def _write(folder: Path, name: str, now: datetime.datetime, lines: list[str]) -> Path:
+def _write(folder: Path, name: str, now: datetime.datetime, content: bytes) -> Path:
     """A new file of one kind; the oldest of that kind go."""
     path = folder / f"{name}-{now:%Y%m%dT%H%M%S.%f}Z.jsonl.gz"
     part = path.with_name(f".{path.name}.part")
     try:
-        with gzip.open(part, "wt", encoding="utf-8") as stream:
-            stream.writelines(lines)
+        with gzip.open(part, "wb") as stream:
+            stream.write(content)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
