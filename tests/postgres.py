@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,6 +15,7 @@ import psycopg
 import pytest
 
 from tests.conftest import HANG_S
+from tests.ports import free_port
 
 
 def programs() -> Path | None:
@@ -34,9 +34,7 @@ class Postgres:
         self._user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
         if self._user:
             shutil.chown(folder, "postgres", "postgres")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self._run("initdb", "--pgdata", str(self._folder), "--username", "digits", "--auth", "trust", "--no-sync")
         self.process: subprocess.Popen | None = None
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,8 +19,8 @@ from pipelines import ledger, prefect_server, serving_config
 from pipelines.settings import Settings
 from serving.protos import digits_pb2
 from tests.conftest import HANG_S, HTTP, ROOT, clean_environment
+from tests.ports import free_port, free_ports
 from tests.serving.gateway.conftest import Here, LoopThread, random_images, start_gateway, stop_gateway
-from tests.stack.conftest import free_ports
 
 MONITORING = ROOT / "monitoring"
 
@@ -46,9 +45,7 @@ class Prometheus:
     """A running Prometheus with the repository's own files, which scrapes these targets each half second."""
 
     def __init__(self, folder: Path, targets: dict[str, str]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_port()}"
         config = read_yaml(MONITORING / "prometheus.yml")
         config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
         config.pop("alerting")

@@ -30,7 +30,8 @@ from tests import fashion
 from tests.conftest import ANY_ROBUSTNESS, HANG_S, ROOT, change_params, clean_environment, copy_checkout
 from tests.docs.commands import documented
 from tests.pipelines.conftest import run
-from tests.stack.conftest import free_ports, wait_until_ready
+from tests.ports import free_ports
+from tests.stack.conftest import wait_until_ready
 
 FASHION = "tests/pipelines/test_other_data.py::test_fashion_mnist_goes_all_the_way"
 LETTERS = ("A", "K", "M", "&")

@@ -25,7 +25,7 @@ from pipelines.locks import only_one
 from pipelines.settings import Settings
 from tests.conftest import HANG_S, HTTP
 from tests.pipelines.conftest import environment_for, run
-from tests.stack.conftest import free_ports
+from tests.ports import free_ports
 
 T = TypeVar("T")
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pipelines.ingest import ingest
 from pipelines.settings import Settings
 from tests.conftest import HANG_S, ROOT
 from tests.pipelines.conftest import run
+from tests.ports import free_port
 
 KEYS = {"AWS_ACCESS_KEY_ID": "digits", "AWS_SECRET_ACCESS_KEY": "digits", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -26,9 +26,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "digits", "AWS_SECRET_ACCESS_KEY": "digits", "AWS_D
 @pytest.fixture(scope="module")
 def s3_url() -> Iterator[str]:
     """An S3 endpoint: moto's server, a process of its own that speaks HTTP."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],

@@ -23,7 +23,7 @@ from pipelines.settings import Settings
 from pipelines.versions import find_version
 from tests.conftest import HANG_S, HTTP, ROOT, clean_environment
 from tests.pipelines.test_promotion import add_version
-from tests.stack.conftest import free_ports
+from tests.ports import free_ports
 
 EXPORT = """
 import sys

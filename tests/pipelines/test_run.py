@@ -24,6 +24,7 @@ from pipelines.run import model_server_command, supervisor_config, why_not_up_to
 from pipelines.settings import Settings
 from tests.conftest import HANG_S, HTTP
 from tests.pipelines.conftest import environment_for, run
+from tests.ports import free_port
 
 # Servers that start at once, in place of ours: what is tried here is what keeps them running, not they.
 GATEWAY = """
@@ -51,15 +52,9 @@ def served(released: Path) -> Path:
 
 
 def four_ports() -> dict[str, str]:
-    """Settings with ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(4)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
+    """Settings with free ports."""
     names = ("REST_PORT", "GRPC_PORT", "MODEL_SERVER_PORT", "MODEL_SERVER_REST_PORT")
-    ports = {f"DIGITS_{name}": str(s.getsockname()[1]) for name, s in zip(names, sockets, strict=True)}
-    for s in sockets:
-        s.close()
-    return ports
+    return {f"DIGITS_{name}": str(free_port()) for name in names}
 
 
 class Running:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,17 +15,9 @@ import httpx
 import pytest
 
 from tests.conftest import HANG_S, HTTP, OUTPUT, clean_environment, copy_checkout
+from tests.ports import free_ports
 
 FIRST_ANSWER_S = 900  # a hang's limit, not a claim about speed: training shares two cores with the other tests
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, all different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
 
 
 @dataclass

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from tests.conftest import HANG_S, HTTP, ROOT, running_below
-from tests.stack.conftest import Stack, free_ports, run_environment, tail
+from tests.ports import free_ports
+from tests.stack.conftest import Stack, run_environment, tail
 from tests.stack.test_bad_requests import drawn_seven, encode
 
 

@@ -25,8 +25,8 @@ import yaml
 
 from serving.client import GrpcClient, RestClient
 from tests.conftest import ROOT, clean_environment, copy_checkout
+from tests.ports import free_ports
 from tests.stack import engine
-from tests.stack.conftest import free_ports
 
 HANG_S = 1500  # a hang's limit, not a claim about speed
 IMAGES = ("gateway", "model-server", "pipeline")

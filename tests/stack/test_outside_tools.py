@@ -14,7 +14,8 @@ import pytest
 
 from serving.protos import digits_pb2
 from tests.conftest import HANG_S, HTTP
-from tests.stack.conftest import Stack, free_ports
+from tests.ports import free_ports
+from tests.stack.conftest import Stack
 from tests.stack.test_bad_requests import drawn_seven, encode
 
 needs_prometheus = pytest.mark.skipif(not shutil.which("prometheus"), reason="needs Debian's package prometheus")

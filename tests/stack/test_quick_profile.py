@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import copy_checkout
-from tests.stack.conftest import free_ports, run_environment
+from tests.ports import free_ports
+from tests.stack.conftest import run_environment
 
 FLOOR = 0.992  # four seeds: 99.31 to 99.36 %
 

@@ -3,10 +3,8 @@
 import csv
 import json
 import shutil
-import socket
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +12,14 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import HANG_S, ROOT, clean_environment
+from tests.ports import free_ports
 from tests.training.conftest import make_workspace
 from training.params import BadParams, Params
 from training.workspace import Split, Workspace, import_tensorflow_quietly
 
 
 def free_addresses(count: int) -> list[str]:
-    with ExitStack() as sockets:
-        bound = [sockets.enter_context(socket.socket()) for _ in range(count)]
-        for one in bound:
-            one.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{one.getsockname()[1]}" for one in bound]
+    return [f"127.0.0.1:{port}" for port in free_ports(count)]
 
 
 def start_worker(root: Path, addresses: list[str], index: int) -> subprocess.Popen[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.ports import free_port
 from tests.serving.gateway.conftest import LoopThread, eventually
 from tests.serving.gateway.load import CALL_S, Load
 from tests.serving.gateway.test_process import ROOT, Process
@@ -21,12 +22,6 @@ BACK_S = 2.0
 """What is promised from the model server's return to the next answer."""
 
 CLEAN = re.compile(r"(503|504|UNAVAILABLE|DEADLINE_EXCEEDED) (model_unavailable|deadline_exceeded)")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class ModelServer:

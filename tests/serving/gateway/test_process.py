@@ -21,6 +21,7 @@ import pytest
 from serving.gateway.settings import BadSettings, read_settings
 from serving.protos import digits_pb2 as pb
 from serving.protos import digits_pb2_grpc
+from tests.ports import free_port
 from tests.serving.gateway.conftest import HANG_S, LoopThread, eventually
 from tests.serving.gateway.upstream_server import TestUpstream
 
@@ -312,14 +313,14 @@ def _refuses(host: str, port: int) -> bool:
 
 def test_killed_and_started_again_it_takes_its_ports_back(upstream: TestUpstream) -> None:
     """A crash leaves nothing that stops the next start on the same ports."""
-    first = Process(upstream.target)
+    ports = {"DIGITS_REST_PORT": str(free_port()), "DIGITS_GRPC_PORT": str(free_port())}
+    first = Process(upstream.target, **ports)
     first.wait_ready()
     with contextlib.suppress(httpx.TransportError):
         httpx.post(first.url + "/classify", content=bytes(784))
     first.popen.kill()
     first.end()
-    port = first.url.rpartition(":")[2]
-    again = Process(upstream.target, DIGITS_REST_PORT=port, DIGITS_GRPC_PORT=first.first["grpc"].rpartition(":")[2])
+    again = Process(upstream.target, **ports)
     try:
         again.wait_ready()
         assert again.url == first.url

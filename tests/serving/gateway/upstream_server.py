@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 
 from serving.protos import upstream_pb2 as pb
+from tests.ports import free_port
 
 
 def expected_probabilities(images_u8: np.ndarray, classes: int = 10) -> np.ndarray:
@@ -53,7 +54,7 @@ class TestUpstream:
 
     def __init__(self) -> None:
         self.behaviour = Behaviour()
-        self.port = 0
+        self.port = free_port()
         self.last_request = pb.PredictRequest()
         self.last_metadata: dict[str, Any] = {}
         self.credentials: Any = None

@@ -1,11 +1,9 @@
 """Tiny SavedModels with the contract's signatures, and real server processes that serve them."""
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +17,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+
+from tests.ports import free_ports
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -143,14 +143,6 @@ def publish(exports: dict[int, Path]) -> Callable[..., Path]:
         return staging.rename(base_path / str(version))
 
     return publish
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def command(*arguments: object) -> list[str]:
@@ -314,9 +306,3 @@ def served(publish: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
 def images() -> np.ndarray:
     """Seven images of noise, uint8 [7, 28, 28]."""
     return np.random.default_rng(7).integers(0, 256, (7, 28, 28), dtype=np.uint8)
-
-
-@pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
-    """A TCP port that nobody listens on."""
-    return lambda: free_ports(1)[0]

@@ -8,6 +8,7 @@ import pytest
 
 from serving.model_server import config, flags
 from serving.model_server.errors import UsageError
+from tests.ports import free_port
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_a_configuration_file_may_name_a_folder_that_a_first_release_will_make(r
 
 
 @pytest.mark.parametrize("flag", ["port", "rest_api_port"])
-def test_a_port_in_use_ends_with_one_line_before_tensorflow_is_loaded(run_command, tmp_path, free_port, flag):
+def test_a_port_in_use_ends_with_one_line_before_tensorflow_is_loaded(run_command, tmp_path, flag):
     """The operator sees which port of which flag is taken."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
