@@ -151,7 +151,8 @@ def test_the_report_shows_every_mistake_and_stands_alone(done: Run) -> None:
     metrics = done.json("evaluate", "metrics.json")
     assert page.count("read as") == metrics["errors"] > 0
     assert f"{100 * metrics['accuracy']:.2f} % of 300 test images read right" in page
-    assert "http" not in page
+    # A picture's base64 may spell it by chance: once in a dozen reports it does.
+    assert "http" not in re.sub(r'"data:image/png;base64,[A-Za-z0-9+/=]*"', "", page)
     assert all(uri.startswith("data:image/png;base64,") for uri in re.findall(r'(?:src|href)="([^"]*)"', page))
 
 
