@@ -299,10 +299,12 @@ class _Connection(Connection):
         place = self._loop.create_future()
         self._waiting.append(place)
         try:
-            async with asyncio.timeout_at(deadline):
-                await place
-        except TimeoutError as err:
-            raise CallFailed(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from err
+            await asyncio.wait((place,), timeout=max(0.0, deadline - self.loop.time()))
+        finally:
+            late = not place.done()
+            place.cancel()
+        if late:
+            raise CallFailed(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
 
     def _let_in(self) -> None:
         while self._waiting and (self._closing or len(self.streams) < self._max_streams):

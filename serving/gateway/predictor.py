@@ -4,11 +4,14 @@ A call to the model server costs far more than the model does for one image. So 
 wait together and go upstream as one, bounded in size. No timer holds a call back: when nothing is under way it goes at
 once, and batches grow only as load does. Further calls go beside the first, up to a small number, when half as many
 wait as are under way, so that neither this process nor the model server idles while the other works; or when the model
-is slow: one call that hangs does not hold up the rest.
+is slow: one call that hangs does not hold up the rest. For the same reason clients that all wait for each other's batch
+are parted: a call takes no more than its share of all that is in, and goes the moment that its share waits, while the
+requests of the others are still being read.
 """
 
 import asyncio
 import copy
+import itertools
 import math
 import time
 from collections import OrderedDict
@@ -19,6 +22,7 @@ import numpy as np
 
 from digits import contract
 from digits.errors import DigitsError, ModelUnavailable, Overloaded, UpstreamTimeout
+from serving.gateway import eager
 from serving.gateway.metrics import Metrics
 from serving.gateway.tracing import METADATA, Metadata
 from serving.gateway.upstream import LATEST, Predictions, Version
@@ -28,6 +32,15 @@ MAX_TURNS = 2
 
 SHARE_BESIDE = 0.5
 """What waits goes beside what is under way if it is at least this share of the last call."""
+
+FEW_CALLS = 2
+"""Beside so many goes only a call of a whole part: under little load more at once only take time from each other."""
+
+LEAST_PART = 16
+"""Calls of fewer images are not worth parting: a call's fixed cost is that of about five images."""
+
+FEWER_FALL = 0.1
+"""Weight of a smaller number of images that are in, among those before; a larger one counts at once."""
 
 FEW_SHARE = 1 / 16
 """A call of so much of a batch is one of few images."""
@@ -132,7 +145,8 @@ class Predictor:
     """The service behind every adapter. Create it inside a running event loop.
 
     Args:
-        predict: ``(images_u8, count, deadline, version) -> Predictions``: one upstream call.
+        predict: ``(images_u8, count, deadline, version) -> Predictions``: one upstream call. What it does before it
+            first waits is done at once, perhaps in ``enter``; see ``eager.start``.
         metrics: Where waits, batches, refusals and answers are counted.
         max_batch: Most images in one upstream call; a single caller with more goes alone.
         max_calls: Most upstream calls under way at once.
@@ -149,7 +163,7 @@ class Predictor:
         metrics: Metrics,
         *,
         max_batch: int = 128,
-        max_calls: int = 2,
+        max_calls: int = 3,
         max_queue: int = 1024,
         max_wait_s: float = 0.25,
         max_burst_s: float = 0.1,
@@ -162,7 +176,9 @@ class Predictor:
         self._max_calls = max_calls
         self._max_queue = max_queue
         self._queue: OrderedDict[Place, None] = OrderedDict()
-        self._calls: dict[asyncio.Task[None], list[Place]] = {}
+        self._calls: dict[int, list[Place]] = {}
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._call_numbers = itertools.count()
         self._dispatch_is_due = False
         self._seen = self._turns = 0
         self._last_call = 0.0
@@ -174,6 +190,10 @@ class Predictor:
         self._standing_since = self._overload_until = 0.0
         self._limit = max_batch
         """Images of one call: ``max_batch``, or fewer under lasting overload."""
+        self._images_in = 0.0
+        """Images that wait or are under way, the most of late."""
+        self._part = min(LEAST_PART, max_batch)
+        """A call's share of those, at most ``_limit``."""
         self._few = max(1, int(FEW_SHARE * max_batch))
         self._few_s = 0.0
         self._images_per_s = 0.0
@@ -219,6 +239,8 @@ class Predictor:
         place.arrived = now
         self._queue[place] = None
         self.queued_images += count
+        if self.queued_images >= self._part and self._may_call():
+            self._send_next()
         if not self._dispatch_is_due or not self._ticking:
             self._wake()
 
@@ -240,7 +262,7 @@ class Predictor:
 
     def _refuse_beyond_short_queue(self, now: float) -> None:
         """Overload lasts: who would wait for more than one short call under way and half a batch need not wait."""
-        goes_at_once = self._limit * (self._max_calls - len(self._calls))
+        goes_at_once = self._limit * max(0, self._calls_allowed(now) - len(self._calls))
         if self.queued_images >= max(1, int(SHORT_QUEUE_SHARE * self._limit)) + goes_at_once:
             self._overload_until = now + self._burst_s()  # it ends when nobody had to be refused for so long
             self._refuse_as_too_slow()
@@ -278,7 +300,7 @@ class Predictor:
         """Refuse new calls and wait for those that are in."""
         self._closed = True
         while self._calls or self._dispatch_is_due:
-            await asyncio.gather(*self._calls, asyncio.sleep(0), return_exceptions=True)
+            await asyncio.gather(*self._tasks, asyncio.sleep(0), return_exceptions=True)
 
     def _wake(self) -> None:
         if not self._dispatch_is_due and self._may_call():
@@ -293,10 +315,15 @@ class Predictor:
         under_way = len(self._calls)
         if not under_way:
             return True
-        if under_way >= self._max_calls:
+        now = time.monotonic()
+        if under_way >= self._calls_allowed(now):
             return False
-        enough = min(self._limit, SHARE_BESIDE * self._last_count)
-        return self.queued_images >= enough or time.monotonic() - self._last_call > SLOW_CALL_S
+        enough = self._part if under_way >= FEW_CALLS else min(self._limit, SHARE_BESIDE * self._last_count)
+        return self.queued_images >= enough or now - self._last_call > SLOW_CALL_S
+
+    def _calls_allowed(self, now: float) -> int:
+        """Under lasting overload one fewer: there is work for the model server anyway, and more would wait there."""
+        return self._max_calls - 1 if now < self._overload_until and self._max_calls > FEW_CALLS else self._max_calls
 
     def _dispatch(self) -> None:
         if self.queued_images > self._seen and self._turns < MAX_TURNS:
@@ -308,21 +335,30 @@ class Predictor:
         self._dispatch_is_due = False
         self._seen = self._turns = 0
         while self._queue and self._may_call():
-            batch = self._next_batch()
-            if batch:
-                self._last_call = time.monotonic()
-                self._last_count = sum(place.count for place in batch)
-                task = self.loop.create_task(self._call(batch))
-                self._calls[task] = batch
+            self._send_next()
+
+    def _send_next(self) -> None:
+        batch = self._next_batch()
+        if batch:
+            self._last_call = time.monotonic()
+            self._last_count = sum(place.count for place in batch)
+            number = next(self._call_numbers)
+            self._calls[number] = batch
+            task = eager.start(self._call(number, batch))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def _next_batch(self) -> list[Place]:
         now = time.monotonic()
         self._limit = self._max_batch if now >= self._overload_until else self._short_batch()
+        images_in = self.queued_images + sum(place.count for batch in self._calls.values() for place in batch)
+        self._images_in = max(images_in, _smoothed(self._images_in, images_in, FEWER_FALL))
+        self._part = min(self._limit, max(LEAST_PART, math.ceil(self._images_in / self._max_calls)))
         batch: list[Place] = []
         count = 0
         while self._queue:
             first = next(iter(self._queue))
-            if batch and (count + first.count > self._limit or first.version != batch[0].version):
+            if batch and (count + first.count > self._part or first.version != batch[0].version):
                 break
             self._queue.popitem(last=False)
             self.queued_images -= first.count
@@ -337,7 +373,7 @@ class Predictor:
             self._metrics.batch(count, now - batch[0].arrived)
         return batch
 
-    async def _call(self, batch: list[Place]) -> None:
+    async def _call(self, number: int, batch: list[Place]) -> None:
         started = time.monotonic()
         count = sum(place.count for place in batch)
         alone = len(self._calls) == 1
@@ -349,14 +385,14 @@ class Predictor:
             if not any(waiting.trial for waiting in batch):
                 self._metrics.inputs(images_u8)
         except DigitsError as err:
-            _fail(batch, err)
+            self._fail_soon(batch, err)
         except BaseException as err:
             # A defect: each caller's adapter logs it and answers "internal error".
-            _fail(batch, RuntimeError("the upstream call failed").with_traceback(None), err)
+            self._fail_soon(batch, RuntimeError("the upstream call failed").with_traceback(None), err)
             if not isinstance(err, Exception):
                 raise
         finally:
-            del self._calls[asyncio.current_task()]  # type: ignore[arg-type]
+            del self._calls[number]
             took_s = max(time.monotonic() - started, 1e-6)
             self._images_per_s = _smoothed(self._images_per_s, count / took_s)
             self._call_s = _smoothed(self._call_s, took_s)
@@ -365,6 +401,10 @@ class Predictor:
                 self._few_s = took_s if took_s < self._few_s else _smoothed(self._few_s, took_s, FEW_RISE)
             if self._queue:
                 self._wake()
+
+    def _fail_soon(self, batch: list[Place], err: Exception, cause: BaseException | None = None) -> None:
+        """Not now: this may be within ``enter``, whose caller cannot hear of it before it returns."""
+        self.loop.call_soon(_fail, batch, err, cause)
 
     def _answer(self, batch: list[Place], found: Predictions) -> None:
         rows = found.probabilities  # (N, C)

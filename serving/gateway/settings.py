@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     max_batch_images: Annotated[int, Field(ge=1, le=65536)] = 128
     """Most images that go upstream in one call. A single request with more goes alone."""
 
-    max_upstream_calls: Annotated[int, Field(ge=1, le=64)] = 2
+    max_upstream_calls: Annotated[int, Field(ge=1, le=64)] = 3
     """Most calls under way upstream at once. What arrives meanwhile waits and goes together."""
 
     max_queue_images: Annotated[int, Field(ge=1)] = 1024

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from digits.errors import ModelUnavailable, Overloaded, UpstreamTimeout
-from serving.gateway.predictor import Answer
+from serving.gateway.predictor import Answer, Place
 from tests.serving.gateway.conftest import HANG_S, Here, eventually, random_images
 from tests.serving.gateway.upstream_server import expected_probabilities
 
@@ -73,6 +73,52 @@ def test_batches_are_bounded_in_images_and_calls_in_number(start: Callable[..., 
     assert sum(here.behaviour.batches) == 200
     assert max(here.behaviour.batches) == 16
     assert here.behaviour.most_under_way == 2
+
+
+def test_clients_that_wait_for_each_others_batch_are_parted(start: Callable[..., Here]) -> None:
+    """64 that each send the next image on an answer do not fall into step: no call takes over half, two overlap."""
+    here = start(max_upstream_calls=2)
+    here.behaviour.delay_s = 0.002
+    images = random_images(64)
+
+    async def client(image: np.ndarray) -> None:
+        for _ in range(10):
+            [answer] = await here.gateway.predictor.submit(image.tobytes(), 1, far())
+            assert answer.digit == image[0] % 10
+
+    async def calls() -> None:
+        await asyncio.gather(*map(client, images))
+
+    here.thread.run(calls())
+    assert sum(here.behaviour.batches) == 640
+    assert max(here.behaviour.batches) <= 32
+    assert here.behaviour.most_under_way == 2
+
+
+def test_a_caller_hears_of_a_failure_only_once_its_place_is_taken(start: Callable[..., Here]) -> None:
+    """With the breaker open a whole part that goes at once fails at once, though not before ``enter`` has returned."""
+    here = start(timeout_s=1)
+    heard: list[Exception] = []
+
+    class Teller(Place):
+        __slots__ = ()
+
+        def refused(self, err: Exception) -> None:
+            heard.append(err)
+
+    async def calls() -> None:
+        predictor = here.gateway.predictor
+        for _ in range(1000):
+            here.gateway.upstream.breaker.failed()
+        # Too little time for a second attempt, so the first one's refusal is the call's.
+        predictor.enter(Teller(random_images(100).tobytes(), 100, time.monotonic() + 0.009))
+        assert not heard
+        while not heard:  # noqa: ASYNC110 - a thread's test, with no event to wait for
+            await asyncio.sleep(0.001)
+
+    here.thread.run(calls())
+    assert isinstance(heard[0], ModelUnavailable)
+    assert not here.behaviour.batches
 
 
 def test_a_call_of_more_images_than_a_batch_goes_alone_and_whole(start: Callable[..., Here]) -> None:
