@@ -30,15 +30,15 @@ class OutOfMemory(DigitsError):
 
 
 @contextmanager
-def memory_for(model: keras.Model, batch_size: int, image_count: int) -> Iterator[None]:
-    """Run what trains ``model``, if there is room for it.
+def memory_for(model: keras.Model, batch_size: int, image_count: int, worker_count: int = 1) -> Iterator[None]:
+    """Run what trains ``model``, if there is room for it. Each of several workers holds its share of a batch.
 
     Raises:
         OutOfMemory: there is too little at the beginning, or it ran out within; names a batch size that would fit.
     """
     room = available_bytes()
-    need = bytes_needed(model, batch_size, image_count)
-    fitting = largest_batch(model, image_count, room)
+    need = bytes_needed(model, batch_size // worker_count, image_count)
+    fitting = worker_count * largest_batch(model, image_count, room)
     if need > room:
         raise OutOfMemory(
             f"train.batch_size is {batch_size}: about {need / 1e6:,.0f} MB of memory are needed, "
@@ -47,7 +47,7 @@ def memory_for(model: keras.Model, batch_size: int, image_count: int) -> Iterato
     try:
         yield
     except (MemoryError, tf.errors.ResourceExhaustedError) as err:
-        fitting = min(fitting, batch_size // 2)
+        fitting = min(fitting, batch_size // (2 * worker_count) * worker_count)
         raise OutOfMemory(
             f"train.batch_size is {batch_size}: memory ran out, of {room / 1e6:,.0f} MB; {_advice(fitting)}"
         ) from err

@@ -183,7 +183,7 @@ class _Course:
         if not params.train.epochs:
             return
         try:
-            with memory_for(model, params.train.batch_size, len(self._learn.labels)):
+            with memory_for(model, params.train.batch_size, len(self._learn.labels), self._workers.count):
                 self._run(model, averaged, params, teacher)
         except TrainingDiverged as err:
             err.last_good = self._last_good()

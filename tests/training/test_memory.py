@@ -92,3 +92,28 @@ def test_memory_that_runs_out_within_names_half_the_batch_or_less() -> None:
     assert all(
         re.fullmatch(r"train\.batch_size is 64: memory ran out, of [\d,]+ MB; 32 would fit", line) for line in lines
     )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's limits")
+def test_each_of_several_workers_holds_its_share_of_a_batch() -> None:
+    """Twice what would fit one is too much for one, and let in for three, who are told of three times as many."""
+    lines = in_a_process(
+        """
+        model = build_model(Params.model_validate(small_params()).model, 10, "float32")
+        leave_room(600_000_000)
+
+        def room_for(workers, batch_size):
+            try:
+                with memory_for(model, batch_size, 1200, workers):
+                    return 0
+            except OutOfMemory as err:
+                return int(str(err).removesuffix(" would fit").split()[-1])
+
+        fitting = room_for(1, 3 << 20)
+        print(fitting, room_for(3, 3 << 20), room_for(1, 2 * fitting), room_for(3, 2 * fitting))
+        """
+    )
+    fitting, three, again, let_in = map(int, lines[0].split())
+    assert 1 <= fitting < 3 << 20
+    assert three == 3 * fitting
+    assert (again, let_in) == (fitting, 0)
