@@ -39,6 +39,9 @@ FEW_CALLS = 2
 LEAST_PART = 16
 """Calls of fewer images are not worth parting: a call's fixed cost is that of about five images."""
 
+LEAST_PART_SHARE = 0.75
+"""A part's least share of a call under lasting overload; else it and the short queue make each other ever smaller."""
+
 FEWER_FALL = 0.1
 """Weight of a smaller number of images that are in, among those before; a larger one counts at once."""
 
@@ -353,7 +356,8 @@ class Predictor:
         self._limit = self._max_batch if now >= self._overload_until else self._short_batch()
         images_in = self.queued_images + sum(place.count for batch in self._calls.values() for place in batch)
         self._images_in = max(images_in, _smoothed(self._images_in, images_in, FEWER_FALL))
-        self._part = min(self._limit, max(LEAST_PART, math.ceil(self._images_in / self._max_calls)))
+        least = LEAST_PART if now >= self._overload_until else math.ceil(LEAST_PART_SHARE * self._limit)
+        self._part = min(self._limit, max(least, math.ceil(self._images_in / self._max_calls)))
         batch: list[Place] = []
         count = 0
         while self._queue:
