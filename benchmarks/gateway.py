@@ -99,6 +99,7 @@ def start_everything(stack: contextlib.ExitStack, *, bare: bool = True) -> tuple
     empty, aio, threads, rest, rpc, upstream, upstream_rest = (free_port() for _ in range(7))
     models = ROOT / "models" / MODEL_NAME
     server = [sys.executable, "-m", "serving.model_server", f"--port={upstream}", f"--rest_api_port={upstream_rest}"]
+    server += ["--prefer_tflite_model=true"]  # as `make run` starts it
     stack.enter_context(process([*server, f"--model_name={MODEL_NAME}", f"--model_base_path={models}"], LOAD_CORE))
     if bare:
         start_bare(stack, empty, aio, threads)

@@ -38,6 +38,10 @@ CLASSES_SIGNATURE: Final = "classes"
 OUTPUT_NAME: Final = "name"
 OUTPUT_ABSTAIN_BELOW: Final = "abstain_below"
 
+LITE_FILE: Final = "model.tflite"
+"""Inside a published version: ``SIGNATURE`` alone as a TF Lite model, for servers that prefer it. TensorFlow Serving's
+name for it."""
+
 CLASSES_FILE: Final = "assets.extra/classes.json"
 """Inside a published version: the same names, a JSON list in the order of the labels."""
 

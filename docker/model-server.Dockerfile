@@ -38,5 +38,5 @@ EXPOSE 8500 8501
 # Healthy means that a version answers; before the first release it is not.
 HEALTHCHECK --interval=5s --timeout=5s --start-period=30s --retries=3 \
   CMD ["python", "/usr/local/lib/digits/health.py", "http://127.0.0.1:8501/v1/models/digits", "AVAILABLE"]
-ENTRYPOINT ["python", "-m", "serving.model_server", "--host=0.0.0.0", "--port=8500", "--rest_api_port=8501"]
+ENTRYPOINT ["python", "-m", "serving.model_server", "--host=0.0.0.0", "--port=8500", "--rest_api_port=8501", "--prefer_tflite_model=true"]
 CMD ["--model_name=digits", "--model_base_path=/models/digits"]

@@ -306,10 +306,13 @@ def supervisor_config(settings: Settings) -> str:
 
 
 def model_server_command(settings: Settings) -> list[str]:
-    """TensorFlow Serving's own server where it is installed, else ours; the flags are the same."""
+    """TensorFlow Serving's own server where it is installed, else ours; the flags are the same but for one.
+
+    TensorFlow Serving would serve nothing but the TF Lite model's signature then, and the gateway asks for others.
+    """
     binary = shutil.which("tensorflow_model_server")
     return [
-        *([binary] if binary else [sys.executable, "-m", "serving.model_server"]),
+        *([binary] if binary else [sys.executable, "-m", "serving.model_server", "--prefer_tflite_model=true"]),
         f"--port={settings.model_server_port}",
         f"--rest_api_port={settings.model_server_rest_port}",
         f"--model_config_file={settings.serving_config_file}",

@@ -2,6 +2,8 @@
 
 Batch normalisation is folded into the dense layers (at inference it is a scale and an offset), which makes a single
 image four times as fast as the network exported as it was trained. The arithmetic from uint8 pixels on is in the graph.
+Beside it lies the main signature as a TF Lite model, which our model server answers with in about half the time
+(docs/decisions/0033).
 """
 
 import json
@@ -145,6 +147,7 @@ def pack(
     """Write a complete version folder: the SavedModel, golden answers of Keras, warm-up requests."""
     served = ServedPerceptron(model, classes)
     tf.saved_model.save(served, str(folder), signatures=served.signatures())
+    _write_lite_model(folder)
     extra = folder / "assets.extra"
     extra.mkdir()
     (folder / contract.CLASSES_FILE).write_text(json.dumps(classes, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -258,6 +261,12 @@ def fold_layers(model: keras.Model) -> list[tuple[Any, ...]]:
             temperature = np.asarray(layer.temperature, np.float64)
             folded[-1][:2] = [(np.asarray(a, np.float64) / temperature).astype(np.float32) for a in folded[-1][:2]]
     return [tuple(entry) for entry in folded]
+
+
+def _write_lite_model(folder: Path) -> None:
+    """The main signature of the SavedModel in ``folder``, converted; float32 as before."""
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(folder), signature_keys=[contract.SIGNATURE])
+    (folder / contract.LITE_FILE).write_bytes(converter.convert())
 
 
 def _write_warmup(path: Path, images: np.ndarray, batch_sizes: tuple[int, ...]) -> None:

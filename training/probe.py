@@ -96,6 +96,7 @@ def _model_server(folder: Path) -> Iterator["_ModelServer"]:
     command = [
         sys.executable, "-m", "serving.model_server", "--port=0", f"--grpc_socket_path={socket}",
         f"--model_config_file={folder / 'models.config'}", "--model_config_file_poll_wait_seconds=0",
+        "--prefer_tflite_model=true",  # as it will be served
     ]  # fmt: skip
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -1,5 +1,6 @@
 """Load an exported version and ask it: does it still answer as the trained network did? Needs TensorFlow, not Keras."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,11 +8,11 @@ import numpy as np
 
 from digits import contract
 from digits.errors import DigitsError
-from training.workspace import BadArtifact
+from training.workspace import BadArtifact, chatter_held_back
 
 GOLDEN_FILE = "assets.extra/golden.npz"
 GOLDEN_TOLERANCE = 1e-4
-"""Greatest difference of a probability between Keras and the SavedModel; rounding alone comes to about 1e-6."""
+"""Greatest difference of a probability between Keras and what is served; rounding alone comes to about 1e-6."""
 
 
 class NotTheSame(DigitsError):
@@ -39,6 +40,28 @@ def predict_saved_model(folder: Path, images_u8: np.ndarray, batch: int = 1000) 
     except Exception as err:  # each damaged part raises its own kind
         raise BadArtifact(f"{folder} is no complete version of the model: {_one_line(err)}") from err
     return probabilities, digits
+
+
+def predict_lite_model(folder: Path, images_u8: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same of the TF Lite model beside it.
+
+    Raises:
+        BadArtifact: it cannot be loaded, or has not the contract's signature.
+    """
+    import tensorflow as tf
+
+    try:
+        content = (folder / contract.LITE_FILE).read_bytes()
+        with (
+            warnings.catch_warnings(),
+            chatter_held_back(),
+        ):  # a greeting, and a word on its successor
+            warnings.simplefilter("ignore")
+            signature = tf.lite.Interpreter(model_content=content).get_signature_runner(contract.SIGNATURE)
+        answer = signature(**{contract.INPUT_IMAGES: images_u8})
+        return answer[contract.OUTPUT_PROBABILITIES], answer[contract.OUTPUT_DIGIT]
+    except Exception as err:  # each damaged part raises its own kind
+        raise BadArtifact(f"{folder / contract.LITE_FILE} is no complete TF Lite model: {_one_line(err)}") from err
 
 
 @dataclass(frozen=True)
@@ -75,19 +98,28 @@ def compare_answers(golden: Golden, probabilities: np.ndarray, digits: np.ndarra
 def verify(folder: Path) -> float:
     """Compare a version folder with its golden answers; return the greatest difference of a probability.
 
+    Versions published before there was a TF Lite model beside the SavedModel are complete without one.
+
     Raises:
         BadArtifact: the folder cannot be loaded, or lacks golden answers or the contract's signature.
         NotTheSame: it answers otherwise than Keras did.
     """
     golden = read_golden(folder)
-    difference, digits_differing = compare_answers(golden, *predict_saved_model(folder, golden.images))
-    # Written so that NaN fails.
-    if not difference <= GOLDEN_TOLERANCE or digits_differing:
-        raise NotTheSame(
-            f"{folder} answers otherwise than Keras did: probabilities differ by {difference:.2g}, at most "
-            f"{GOLDEN_TOLERANCE} is allowed, and every digit must be the same. Export again with `dvc repro -f export`."
-        )
-    return difference
+    answers = {folder: predict_saved_model(folder, golden.images)}
+    if (folder / contract.LITE_FILE).exists():
+        answers[folder / contract.LITE_FILE] = predict_lite_model(folder, golden.images)
+    greatest = 0.0
+    for what, answer in answers.items():
+        difference, digits_differing = compare_answers(golden, *answer)
+        # Written so that NaN fails.
+        if not difference <= GOLDEN_TOLERANCE or digits_differing:
+            raise NotTheSame(
+                f"{what} answers otherwise than Keras did: probabilities differ by {difference:.2g}, at most "
+                f"{GOLDEN_TOLERANCE} is allowed, and every digit must be the same. "
+                "Export again with `dvc repro -f export`."
+            )
+        greatest = max(greatest, difference)
+    return greatest
 
 
 def _one_line(err: Exception) -> str:

@@ -155,14 +155,21 @@ def import_tensorflow_quietly(with_keras: bool = True) -> None:
     if not with_keras:
         # TensorFlow then looks for the old Keras, which is not installed, goes without, and loads in half the time.
         os.environ["TF_USE_LEGACY_KERAS"] = "1"
+    with chatter_held_back():
+        importlib.import_module("tensorflow")
+        if with_keras:
+            importlib.import_module("keras")
+
+
+@contextmanager
+def chatter_held_back() -> Iterator[None]:
+    """Keep what C++ writes to the terminal off it; it is shown after all when the block fails."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as chatter:
         os.dup2(chatter.fileno(), 2)
         try:
-            importlib.import_module("tensorflow")
-            if with_keras:
-                importlib.import_module("keras")
+            yield
         except BaseException:
             chatter.seek(0)
             os.write(kept, chatter.read())

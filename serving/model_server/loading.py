@@ -5,14 +5,14 @@ from pathlib import Path
 
 import structlog
 
-from serving.model_server import tflite, warmup
+from serving.model_server import storage, warmup
 from serving.model_server.batching import BatchedModel, Batcher
 from serving.model_server.errors import Code, ServingError
 from serving.model_server.flags import Flags
 from serving.model_server.metrics import Metrics
 from serving.model_server.model import Model
 from serving.model_server.saved_model import Options, SavedModel
-from serving.model_server.tflite import TfLiteModel
+from serving.model_server.tflite import CompletedTfLiteModel, TfLiteModel
 
 log = structlog.get_logger()
 
@@ -62,8 +62,11 @@ class Loader:
         return model
 
     def _open(self, path: Path) -> Model:
-        if self._flags.prefer_tflite_model and (path / tflite.FILE).is_file():
-            return TfLiteModel(path, self._flags.num_tflite_pools * self._flags.num_tflite_interpreters_per_pool)
+        if self._flags.prefer_tflite_model and storage.has_lite_model(path):
+            lite = TfLiteModel(path, self._flags.num_tflite_pools * self._flags.num_tflite_interpreters_per_pool)
+            if not storage.has_saved_model(path):
+                return lite
+            return CompletedTfLiteModel(lite, SavedModel(path, self._options))
         return SavedModel(path, self._options)
 
     def _warm(self, model: Model) -> int:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 MAX_VERSION = 2**63 - 1
-GRAPH_FILES = ("saved_model.pb", "saved_model.pbtxt", "model.tflite")
+SAVED_MODEL_FILES = ("saved_model.pb", "saved_model.pbtxt")
+LITE_FILE = "model.tflite"
 
 
 def versions(base_path: Path) -> dict[int, Path]:
@@ -20,9 +21,19 @@ def versions(base_path: Path) -> dict[int, Path]:
         if not (name.isascii() and name.isdigit()) or int(name) > MAX_VERSION:
             continue
         # Of 7 and 007 the plain spelling wins: it sorts later.
-        if any((entry / graph).is_file() for graph in GRAPH_FILES):
+        if has_saved_model(entry) or has_lite_model(entry):
             found[int(name)] = entry
     return found
+
+
+def has_saved_model(folder: Path) -> bool:
+    """Whether the version has a SavedModel."""
+    return any((folder / graph).is_file() for graph in SAVED_MODEL_FILES)
+
+
+def has_lite_model(folder: Path) -> bool:
+    """Whether the version has a TF Lite model."""
+    return (folder / LITE_FILE).is_file()
 
 
 def fingerprint(folder: Path) -> tuple[tuple[str, int, int], ...]:

@@ -1,13 +1,13 @@
 """A TF Lite model, ``model.tflite`` in the version's folder, on a pool of interpreters.
 
-An interpreter does one call at a time, and outside the interpreter lock, so a model has as many as calls may run.
+An interpreter does one call at a time, and outside the interpreter lock, so a model has as many as calls may run. Its
+XNNPACK kernels pack the weights once, where TensorFlow's matrix multiplication packs them on every call.
 """
 
 import queue
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from tensorflow.core.protobuf import meta_graph_pb2
@@ -15,8 +15,7 @@ from tensorflow.core.protobuf import meta_graph_pb2
 from serving.model_server import logs, runtime
 from serving.model_server.errors import Code, ServingError, invalid_argument
 from serving.model_server.model import DEFAULT_SIGNATURE, MAX_MESSAGE_CHARS, Array, Arrays, Call, Model
-
-FILE: Final = "model.tflite"
+from serving.model_server.storage import LITE_FILE
 
 
 class TfLiteModel(Model):
@@ -30,10 +29,10 @@ class TfLiteModel(Model):
         """
         with logs.libraries_silenced():  # they greet in plain text
             pool = _interpreters(path, interpreters)
-        self._pool: queue.LifoQueue[runtime.TfLiteInterpreter] = queue.LifoQueue()
+        self._pool: queue.LifoQueue[_Interpreter] = queue.LifoQueue()
         for interpreter in pool:
             self._pool.put(interpreter)
-        super().__init__(path, _signatures(pool[0]))
+        super().__init__(path, pool[0].signatures())
 
     def close(self) -> None:
         """Free the interpreters."""
@@ -41,12 +40,15 @@ class TfLiteModel(Model):
         while not self._pool.empty():
             self._pool.get()
 
-    @contextmanager
-    def interpreter(self) -> Iterator[runtime.TfLiteInterpreter]:
-        """One for a call; waits for one to be free."""
+    def invoke(self, name: str, inputs: Arrays) -> dict[str, Any]:
+        """All outputs of a signature; waits for an interpreter to be free.
+
+        Raises:
+            ValueError, RuntimeError: the model cannot take these inputs.
+        """
         interpreter = self._pool.get()
         try:
-            yield interpreter
+            return interpreter.invoke(name, inputs)
         finally:
             self._pool.put(interpreter)
 
@@ -56,6 +58,32 @@ class TfLiteModel(Model):
 
     def _make_call(self, name: str, signature: meta_graph_pb2.SignatureDef, output_filter: Sequence[str]) -> Call:
         return _LiteCall(self, name, signature, output_filter)
+
+
+class CompletedTfLiteModel(Model):
+    """A TF Lite model with the signatures that it lacks run by the SavedModel beside it.
+
+    TF Lite has no pictures to decode and few operations on text, so what converts is often a model's main signature
+    alone. The original serves nothing else of such a version then.
+    """
+
+    def __init__(self, lite: TfLiteModel, saved: Model) -> None:
+        super().__init__(lite.path, {**saved.signatures, **lite.signatures})
+        self._lite, self._saved = lite, saved
+
+    def close(self) -> None:
+        """Free both."""
+        self._calls.clear()
+        self._lite.close()
+        self._saved.close()
+
+    def run_together(self, wanted: Mapping[str, Sequence[str]], inputs: Arrays) -> dict[str, dict[str, Array]]:
+        """By the one that has them all."""
+        together = self._lite if wanted.keys() <= self._lite.signatures.keys() else self._saved
+        return together.run_together(wanted, inputs)
+
+    def _make_call(self, name: str, _signature: meta_graph_pb2.SignatureDef, output_filter: Sequence[str]) -> Call:
+        return (self._lite if name in self._lite.signatures else self._saved).call(name, output_filter)
 
 
 class _LiteCall(Call):
@@ -69,48 +97,51 @@ class _LiteCall(Call):
     def compute(self, feeds: Sequence[Array]) -> dict[str, Array]:
         """Run an interpreter on the calling thread."""
         inputs = {entry.alias: array for entry, array in zip(self.inputs, feeds, strict=True)}
-        with self._model.interpreter() as interpreter:
-            try:
-                results = _invoke(interpreter, self._name, inputs)
-            except (ValueError, RuntimeError) as err:
-                raise invalid_argument(str(err)[:MAX_MESSAGE_CHARS]) from err
+        try:
+            results = self._model.invoke(self._name, inputs)
+        except (ValueError, RuntimeError) as err:
+            raise invalid_argument(str(err)[:MAX_MESSAGE_CHARS]) from err
         return {alias: np.asarray(results[alias]) for alias in self.outputs}
 
 
-def _interpreters(path: Path, count: int) -> list[runtime.TfLiteInterpreter]:
-    try:
-        content = (path / FILE).read_bytes()
-        pool = [runtime.TfLiteInterpreter(model_content=content, num_threads=1) for _ in range(count)]
-        for interpreter in pool:
-            interpreter.allocate_tensors()
-    except (OSError, ValueError, RuntimeError) as err:
-        raise ServingError(Code.INVALID_ARGUMENT, f"{FILE} cannot be loaded: {err}"[:MAX_MESSAGE_CHARS]) from err
-    return pool
+class _Interpreter:
+    """One interpreter with its signatures prepared. One call at a time."""
 
+    def __init__(self, content: bytes) -> None:
+        self._lite = runtime.TfLiteInterpreter(model_content=content, num_threads=1)
+        self._lite.allocate_tensors()
+        self._runners = {name: self._lite.get_signature_runner(name) for name in self._lite.get_signature_list()}
 
-def _invoke(interpreter: runtime.TfLiteInterpreter, name: str, inputs: Mapping[str, Array]) -> dict[str, Any]:
-    if interpreter.get_signature_list():
-        return interpreter.get_signature_runner(name)(**inputs)
-    places = {detail["name"]: detail["index"] for detail in interpreter.get_input_details()}
-    for alias, array in inputs.items():
-        interpreter.resize_tensor_input(places[alias], array.shape)
-    interpreter.allocate_tensors()
-    for alias, array in inputs.items():
-        interpreter.set_tensor(places[alias], array)
-    interpreter.invoke()
-    return {detail["name"]: interpreter.get_tensor(detail["index"]) for detail in interpreter.get_output_details()}
-
-
-def _signatures(interpreter: runtime.TfLiteInterpreter) -> dict[str, meta_graph_pb2.SignatureDef]:
-    names = interpreter.get_signature_list()
-    if not names:
-        inputs = {detail["name"]: detail for detail in interpreter.get_input_details()}
-        outputs = {detail["name"]: detail for detail in interpreter.get_output_details()}
+    def signatures(self) -> dict[str, meta_graph_pb2.SignatureDef]:
+        if self._runners:
+            return {
+                name: _signature(runner.get_input_details(), runner.get_output_details())
+                for name, runner in self._runners.items()
+            }
+        inputs = {detail["name"]: detail for detail in self._lite.get_input_details()}
+        outputs = {detail["name"]: detail for detail in self._lite.get_output_details()}
         return {DEFAULT_SIGNATURE: _signature(inputs, outputs)}
-    runners = {name: interpreter.get_signature_runner(name) for name in names}
-    return {
-        name: _signature(runner.get_input_details(), runner.get_output_details()) for name, runner in runners.items()
-    }
+
+    def invoke(self, name: str, inputs: Arrays) -> dict[str, Any]:
+        if self._runners:
+            return self._runners[name](**inputs)
+        lite = self._lite
+        places = {detail["name"]: detail["index"] for detail in lite.get_input_details()}
+        for alias, array in inputs.items():
+            lite.resize_tensor_input(places[alias], array.shape)
+        lite.allocate_tensors()
+        for alias, array in inputs.items():
+            lite.set_tensor(places[alias], array)
+        lite.invoke()
+        return {detail["name"]: lite.get_tensor(detail["index"]) for detail in lite.get_output_details()}
+
+
+def _interpreters(path: Path, count: int) -> list[_Interpreter]:
+    try:
+        content = (path / LITE_FILE).read_bytes()
+        return [_Interpreter(content) for _ in range(count)]
+    except (OSError, ValueError, RuntimeError) as err:
+        raise ServingError(Code.INVALID_ARGUMENT, f"{LITE_FILE} cannot be loaded: {err}"[:MAX_MESSAGE_CHARS]) from err
 
 
 def _signature(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> meta_graph_pb2.SignatureDef:

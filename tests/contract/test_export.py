@@ -194,6 +194,27 @@ def test_warm_up_records_are_predict_requests_that_the_model_answers(exported: P
     assert shapes == [(contract.SIGNATURE, 1), (contract.SIGNATURE, 4), (contract.ENCODED_SIGNATURE, 1)]
 
 
+@pytest.mark.parametrize("changes", [
+    {}, {"activation": "gelu"}, {"activation": "silu"}, {"activation": "elu"}, {"activation": "tanh"},
+    {"normalisation": "layer"}, {"normalisation": "none"}, {"averaged_turn_deg": 12.0},
+], ids=str)  # fmt: skip
+def test_the_tf_lite_model_answers_as_the_saved_model(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Whatever the network is made of, any number of images, and every time with the same bytes."""
+    from training.export import pack
+    from training.verify import predict_lite_model
+
+    model = make_model(**changes)
+    pack(tmp_path / "1", model, contract.DIGITS, IMAGES, (1,))
+    for count in (1, 7):
+        probabilities, digits = predict_lite_model(tmp_path / "1", IMAGES[:count])
+        saved = ask(tmp_path / "1", contract.SIGNATURE, images=IMAGES[:count])
+        np.testing.assert_allclose(probabilities, saved["probabilities"], atol=1e-5)
+        assert digits.tolist() == saved["digit"].tolist()
+    pack(tmp_path / "2", model, contract.DIGITS, IMAGES, (1,))
+    written = [(tmp_path / name / contract.LITE_FILE).read_bytes() for name in "12"]
+    assert written[0] == written[1]
+
+
 def run_verify(folder: Path) -> subprocess.CompletedProcess[str]:
     code = "import sys; from training.__main__ import app; app(['verify', sys.argv[1]], standalone_mode=False); "
     code += "print('tensorflow' in sys.modules, 'keras' in sys.modules)"
@@ -222,6 +243,22 @@ def test_verify_refuses_altered_golden_answers(exported: Path, tmp_path: Path) -
     np.savez(copy / GOLDEN_FILE, images=images, probabilities=np.full_like(probabilities, np.nan))
     with pytest.raises(NotTheSame):
         verify(copy)
+
+
+def test_verify_refuses_a_tf_lite_model_of_another_network(exported: Path, tmp_path: Path) -> None:
+    from training.export import pack
+    from training.verify import NotTheSame, verify
+
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    pack(tmp_path / "other", make_model(hidden_widths=(8,)), contract.DIGITS, IMAGES, (1,))
+    shutil.copy(tmp_path / "other" / contract.LITE_FILE, copy)
+    with pytest.raises(NotTheSame, match=r"model\.tflite answers otherwise"):
+        verify(copy)
+    (copy / contract.LITE_FILE).write_bytes(b"TFL3 no model")
+    with pytest.raises(BadArtifact, match="no complete TF Lite model"):
+        verify(copy)
+    (copy / contract.LITE_FILE).unlink()  # as versions of before
+    verify(copy)
 
 
 @pytest.mark.parametrize("missing", ["saved_model.pb", "variables/variables.index", "assets.extra/golden.npz"])

@@ -179,15 +179,54 @@ def test_one_bad_picture_in_a_batch_fails_its_own_caller_only(server):
 
 
 def test_a_tf_lite_model_answers_like_the_saved_model_it_was_made_of(server, exports):
-    """With the same signature; it is what is loaded where both are there."""
+    """With the same signature."""
     expected = tf.saved_model.load(str(exports[2])).signatures["serving_default"](images=tf.constant(IMAGES[:7]))
     answer = predict(server, request_for("digits", images=IMAGES[:7]))
     np.testing.assert_allclose(answer["probabilities"], expected["probabilities"], rtol=1e-3, atol=1e-6)
     assert answer["digit"].tolist() == [2] * 7
+
+
+def test_signatures_that_a_tf_lite_model_lacks_are_the_saved_model_s(server, exports):
+    """A picture cannot be decoded in TF Lite; TensorFlow Serving would serve the version without."""
     status, metadata = server.rest("/v1/models/digits/metadata")
     assert status == 200
-    (name,) = metadata["metadata"]["signature_def"]["signature_def"]
-    assert name == "serving_default", "the SavedModel has more signatures"
+    assert set(metadata["metadata"]["signature_def"]["signature_def"]) >= {"serving_default", "encoded"}
+    pictures = np.array([tf.io.encode_png(image[..., None]).numpy() for image in IMAGES[:3]], object)
+    request = request_for("digits", image_bytes=pictures)
+    request.model_spec.signature_name = "encoded"
+    expected = tf.saved_model.load(str(exports[2])).signatures["encoded"](image_bytes=tf.constant(pictures))
+    np.testing.assert_allclose(predict(server, request)["probabilities"], expected["probabilities"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("beside", [{}, {"serving_default": False}], ids=["lite", "saved"])
+def test_a_signature_runs_where_it_should(exports, tmp_path, beside):
+    """In TF Lite where that has it: told apart by a TF Lite model that answers otherwise."""
+    from serving.model_server.saved_model import Options, SavedModel
+    from serving.model_server.tflite import CompletedTfLiteModel, TfLiteModel
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 28, 28], tf.uint8, name="images")])
+    def nines(images):
+        rows = tf.shape(images)[:1]
+        return {
+            "digit": tf.fill(rows, tf.constant(9, tf.int64)),
+            "probabilities": tf.zeros(tf.concat([rows, [10]], 0)),
+        }
+
+    module = tf.Module()
+    module.nines = nines
+    name = "serving_default" if not beside else "nines"
+    tf.saved_model.save(module, str(tmp_path / "nines"), signatures={name: nines.get_concrete_function()})
+    content = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "nines"), signature_keys=[name]).convert()
+    (tmp_path / "model.tflite").write_bytes(content)
+    model = CompletedTfLiteModel(TfLiteModel(tmp_path, 1), SavedModel(exports[2], Options()))
+    digit = 9 if not beside else 2
+    images = {"images": np.stack(IMAGES[:2])}
+    assert model.run("", images)["digit"].tolist() == [digit] * 2
+    together = model.run_together({"serving_default": ["digit"]}, images)
+    assert together["serving_default"]["digit"].tolist() == [digit] * 2
+    if beside:
+        assert model.run("nines", images)["digit"].tolist() == [9] * 2
+    model.close()
 
 
 def test_a_tf_lite_model_without_signatures_has_those_of_its_tensors(server):
