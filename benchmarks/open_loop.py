@@ -187,7 +187,7 @@ class Grpc(Sender):
     HEAD = struct.Struct(">BHBBI")
 
     def __init__(self, results: Results, host: str, port: int, path: str, message: bytes) -> None:
-        from serving.gateway.http2 import header
+        from serving.transport.http2 import header
 
         super().__init__(results, host, port, self.CONNECTIONS)
         fields = ((":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "bench"))

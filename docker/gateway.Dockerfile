@@ -10,6 +10,7 @@ WORKDIR /app
 COPY digits digits
 COPY serving/__init__.py serving/client.py serving/
 COPY serving/gateway serving/gateway
+COPY serving/transport serving/transport
 COPY serving/protos serving/protos
 # Bytecode that holds no time of its source, also (-f) of what pip's own run has compiled: two builds of one commit are
 # the same files.

@@ -12,6 +12,7 @@ COPY digits digits
 COPY serving/__init__.py serving/
 COPY serving/protos/__init__.py serving/protos/model_server_files_pb2.py serving/protos/
 COPY serving/model_server serving/model_server
+COPY serving/transport serving/transport
 # Bytecode that holds no time of its source, also (-f) of what pip's own run has compiled: two builds of one commit are
 # the same files.
 RUN PYTHONHASHSEED=0 /opt/venv/bin/python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash /opt/venv/lib .

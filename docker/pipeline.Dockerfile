@@ -23,6 +23,7 @@ COPY pipelines pipelines
 COPY serving/__init__.py serving/
 COPY serving/protos/__init__.py serving/protos/model_server_files_pb2.py serving/protos/
 COPY serving/model_server serving/model_server
+COPY serving/transport serving/transport
 COPY data.dvc dvc.yaml params.yaml prefect.yaml .dvcignore ./
 COPY .dvc/config .dvc/config
 COPY models/champion/README.md models/champion/README.md

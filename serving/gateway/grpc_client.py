@@ -20,7 +20,8 @@ from urllib.parse import unquote
 
 import grpc
 
-from serving.gateway.http2 import (
+from serving.gateway.settings import split_target
+from serving.transport.http2 import (
     CANCEL,
     CONNECTION_WINDOW,
     DATA,
@@ -44,7 +45,6 @@ from serving.gateway.http2 import (
     header,
     header_frame,
 )
-from serving.gateway.settings import split_target
 
 CONNECT_S: Final = 5.0
 """Time for a connection: its handshakes, and the server's first word."""
@@ -215,8 +215,7 @@ class _Connection(Connection):
 
     def __init__(self, connections: "set[Connection]") -> None:
         super().__init__(_Answers(), connections, CONNECT_S)
-        self.loop = self._loop
-        self.greeted: asyncio.Future[None] = self._loop.create_future()
+        self.greeted: asyncio.Future[None] = self.loop.create_future()
         """Done once the server has said its first word."""
         self._greeted = True  # no preface comes from a server
         self._max_streams = MAX_WINDOW
@@ -273,7 +272,7 @@ class _Connection(Connection):
         self.streams[sid] = call
         message = b"\0" + len(request).to_bytes(4) + request
         self.send(call, header_frame(sid, head, end=False), message, frame(DATA, END_STREAM, sid, b""))
-        timer = self._loop.call_at(deadline, call.expire)
+        timer = self.loop.call_at(deadline, call.expire)
         try:
             return await call.done
         finally:
@@ -296,7 +295,7 @@ class _Connection(Connection):
             self._close_if_done()
 
     async def _room(self, deadline: float) -> None:
-        place = self._loop.create_future()
+        place = self.loop.create_future()
         self._waiting.append(place)
         try:
             await asyncio.wait((place,), timeout=max(0.0, deadline - self.loop.time()))

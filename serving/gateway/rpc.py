@@ -28,14 +28,14 @@ from digits.errors import (
 )
 from serving.gateway import open_inference, tensorflow_api
 from serving.gateway.app import Gateway, request_id_from
-from serving.gateway.grpc_server import Call, GrpcServer, Metadata, packed_status
-from serving.gateway.http2 import header
 from serving.gateway.predictor import Answer, Place
 from serving.gateway.tls import server_context
 from serving.gateway.tracing import name_upstream, take_up
 from serving.gateway.upstream import GET_MODEL_METADATA, GET_MODEL_STATUS, PREDICT, Availability, PassedOn, Version
 from serving.protos import digits_pb2 as pb
 from serving.protos import open_inference_pb2
+from serving.transport.grpc_server import Call, GrpcServer, Metadata, packed_status
+from serving.transport.http2 import header
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Digits"].full_name
 PREDICTION_SERVICE: Final = "tensorflow.serving.PredictionService"

@@ -143,34 +143,19 @@ def read_batching(flags: Flags) -> Batching | None:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """PEM texts. ``authority``: what clients' certificates are checked against."""
-
-    key: bytes
-    certificate: bytes
-    authority: bytes
-    clients_need_certificates: bool
-
-
-def read_tls(flags: Flags) -> Tls | None:
-    """Key and certificates for the gRPC port, None where it is plain.
+def read_tls(flags: Flags) -> ssl.SSLContext | None:
+    """What the gRPC port speaks TLS with, None where it is plain.
 
     Raises:
-        UsageError: the file cannot be read or parsed, or they do not belong together.
+        UsageError: the file cannot be read or parsed, or key and certificates do not belong together.
     """
     if not flags.ssl_config_file:
         return None
     file = _read("ssl_config_file", Path(flags.ssl_config_file), model_server_files_pb2.SSLConfig())
     if file.client_verify and not file.custom_ca:
         raise UsageError("--ssl_config_file: client_verify needs custom_ca, the authority of the clients' certificates")
-    _check_pem(file)
-    return Tls(file.server_key.encode(), file.server_cert.encode(), file.custom_ca.encode(), file.client_verify)
-
-
-def _check_pem(file: model_server_files_pb2.SSLConfig) -> None:
-    """GRPC would listen with what it cannot read, and fail at each handshake without a reason."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["h2"])
     try:
         with tempfile.NamedTemporaryFile("w") as chain:  # readable to its owner only
             chain.write(f"{file.server_cert}\n{file.server_key}\n")
@@ -183,6 +168,9 @@ def _check_pem(file: model_server_files_pb2.SSLConfig) -> None:
             "--ssl_config_file: server_key, server_cert and custom_ca must be PEM texts, the key that of the "
             f"certificate ({getattr(err, 'reason', None) or err})"
         ) from err
+    if file.client_verify:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 METRICS_PATH = "/monitoring/prometheus/metrics"

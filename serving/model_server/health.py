@@ -3,8 +3,10 @@
 The stock servicer keeps its Watch streams open for ever, which would make every drain last its whole grace period.
 """
 
+import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -47,17 +49,7 @@ class Health:
             send(None)
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """The service, for a synchronous gRPC server."""
-
-        def watch(request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext, send: SendResponse) -> None:
-            watcher = (request.service, send)
-            with self._lock:
-                self._watchers.append(watcher)
-                send(Response(status=self._status(request.service)))
-            context.add_callback(lambda: self._forget(watcher))
-
-        # grpcio's way to keep a stream open without holding one of the server's threads.
-        watch.experimental_non_blocking = True  # type: ignore[attr-defined]
+        """The service, for a server in an event loop."""
         return grpc.method_handlers_generic_handler(
             "grpc.health.v1.Health",
             {
@@ -65,17 +57,29 @@ class Health:
                     self._check, health_pb2.HealthCheckRequest.FromString, Response.SerializeToString
                 ),
                 "Watch": grpc.unary_stream_rpc_method_handler(
-                    watch, health_pb2.HealthCheckRequest.FromString, Response.SerializeToString
+                    self._watch, health_pb2.HealthCheckRequest.FromString, Response.SerializeToString
                 ),
             },
         )
 
-    def _check(self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext) -> Any:
+    async def _check(self, request: health_pb2.HealthCheckRequest, context: Any) -> Any:
         with self._lock:
             status = self._status(request.service)
         if status == Response.SERVICE_UNKNOWN:
-            context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service: {request.service}")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service: {request.service}")
         return Response(status=status)
+
+    async def _watch(self, request: health_pb2.HealthCheckRequest, _context: Any) -> AsyncIterator[Any]:
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        watcher = request.service, lambda state: _tell(loop, news, state)
+        with self._lock:
+            self._watchers.append(watcher)
+            news.put_nowait(Response(status=self._status(request.service)))
+        try:
+            while (state := await news.get()) is not None:
+                yield state
+        finally:
+            self._forget(watcher)
 
     def _status(self, service: str) -> int:
         if service not in self._serving:
@@ -86,3 +90,8 @@ class Health:
         with self._lock:
             if watcher in self._watchers:
                 self._watchers.remove(watcher)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, news: asyncio.Queue[Any], state: Any) -> None:
+    with suppress(RuntimeError):  # the loop has ended, and with it all who watch
+        loop.call_soon_threadsafe(news.put_nowait, state)

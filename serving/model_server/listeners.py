@@ -6,26 +6,29 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Final, cast
 
 import grpc
+import structlog
 import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serving.model_server.config import Tls
 from serving.model_server.errors import UsageError
+from serving.transport.grpc_server import GrpcServer
 
 STARTING = "the server is starting: TensorFlow is being loaded"
 MAX_MESSAGE_BYTES = 2**31 - 1
-_DEFAULT_ARGUMENTS: dict[str, int | str] = {
-    "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
-    "grpc.max_send_message_length": MAX_MESSAGE_BYTES,
-    "grpc.so_reuseport": 0,  # otherwise a second server shares the port in silence
-}
+HANDSHAKE_S: Final = 20.0
+MESSAGE_S: Final = 300.0
+"""Time for one message to come."""
+
+log = structlog.get_logger()
 
 
 def bind(host: str, port: int, flag: str) -> socket.socket:
@@ -43,85 +46,111 @@ def bind(host: str, port: int, flag: str) -> socket.socket:
 
 
 class GrpcListener:
-    """A gRPC server whose services may come later. Every call gets UNAVAILABLE until they are there."""
+    """A gRPC server on a thread of its own, whose services may come later: until then all calls get UNAVAILABLE."""
 
     def __init__(
-        self, address: str, port: int, socket_path: str, threads: int, arguments: str, tls: Tls | None = None
+        self, address: str, port: int, socket_path: str, arguments: str, tls: ssl.SSLContext | None = None
     ) -> None:
         """Bind and start; ``tls`` is for the port, the UNIX socket stays plain.
 
         Raises:
             UsageError: the address cannot be bound, or a channel argument is malformed.
         """
-        self._router = _Router()
-        self._server = grpc.server(
-            ThreadPoolExecutor(threads, "grpc"),
-            handlers=[self._router],
-            options=list(
-                {**_DEFAULT_ARGUMENTS, **_channel_arguments(arguments)}.items()
-            ),  # of two, grpc takes the first
-        )
-        try:
-            if port:
-                bind(address, port, "port").close()  # grpc reports a failure in several lines and without the reason
-                target = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-                if tls:
-                    self._server.add_secure_port(target, _credentials(tls))
-                else:
-                    self._server.add_insecure_port(target)
-            if socket_path:
-                self._server.add_insecure_port(f"unix:{socket_path}")
-        except RuntimeError as err:
-            raise UsageError(f"cannot listen for gRPC on {socket_path or f'{address}:{port}'}: {err}") from err
-        self._server.start()
+        self._arguments = _channel_arguments(arguments)
+        self._sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = []
+        if port:
+            self._sockets.append((bind(address, port, "port"), tls))
+        if socket_path:
+            self._sockets.append((_bind_unix(socket_path), None))
+        self._loop = new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="grpc", daemon=True).start()
+        self._server = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
 
-    def add(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
-        """Add services; they answer from now on."""
-        self._router.handlers += list(handlers)
+    async def _start(self) -> GrpcServer:
+        server = GrpcServer(
+            self._arguments.get("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            handshake_s=HANDSHAKE_S,
+            message_s=MESSAGE_S,
+            on_defect=lambda err: log.error("defect", exc_info=err),
+        )
+        server.answer_missing(grpc.StatusCode.UNAVAILABLE, STARTING)
+        for listener, tls in self._sockets:
+            await server.start(listener, tls)
+        return server
+
+    def add(self, add: Callable[[GrpcServer], None]) -> None:
+        """Have services added, in the event loop; they answer when this returns."""
+
+        async def run() -> None:
+            add(self._server)
+
+        asyncio.run_coroutine_threadsafe(run(), self._loop).result()
 
     def ready(self) -> None:
         """All services are there: others are UNIMPLEMENTED from now on."""
-        self._router.starting = False
+        self.add(lambda server: server.answer_missing(grpc.StatusCode.UNIMPLEMENTED, "Method not found!"))
 
-    def stop(self, grace_s: float) -> threading.Event:
-        """Refuse new calls, let those under way end within ``grace_s``; the event is set when all have."""
-        return self._server.stop(grace_s)
-
-
-def _credentials(tls: Tls) -> grpc.ServerCredentials:
-    return grpc.ssl_server_credentials(
-        [(tls.key, tls.certificate)],
-        root_certificates=tls.authority or None,
-        require_client_auth=tls.clients_need_certificates,
-    )
+    def stop(self, grace_s: float) -> "Future[None]":
+        """Refuse new calls, let those under way end within ``grace_s``; what comes back is done when all have."""
+        return asyncio.run_coroutine_threadsafe(self._server.stop(grace_s), self._loop)
 
 
-class _Router(grpc.GenericRpcHandler):
-    def __init__(self) -> None:
-        self.handlers: list[grpc.GenericRpcHandler] = []
-        self.starting = True
-
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        for handler in self.handlers:
-            found = handler.service(details)
-            if found is not None:
-                return found
-        return grpc.unary_unary_rpc_method_handler(_refuse) if self.starting else None
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """Uvloop's where there is one."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
 
-def _refuse(_request: bytes, context: grpc.ServicerContext) -> bytes:
-    context.set_code(grpc.StatusCode.UNAVAILABLE)
-    context.set_details(STARTING)
-    return b""
+def _bind_unix(path: str) -> socket.socket:
+    """A listening UNIX socket. One that a process left behind gives way.
+
+    Raises:
+        UsageError: in one line.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if _is_left_behind(path):
+            Path(path).unlink()
+        listener.bind(path)
+        listener.listen(2048)
+    except OSError as err:
+        listener.close()
+        raise UsageError(f"cannot listen on {path} (--grpc_socket_path): {err.strerror or err}") from err
+    return listener
 
 
-def _channel_arguments(text: str) -> dict[str, int | str]:
-    arguments: dict[str, int | str] = {}
+def _is_left_behind(path: str) -> bool:
+    """Whether there is a socket on which nobody listens."""
+    if not Path(path).is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+    return False
+
+
+def _channel_arguments(text: str) -> dict[str, int]:
+    """Those that mean something here.
+
+    Raises:
+        UsageError: one is no ``key=value``, or its value no number.
+    """
+    arguments = {}
     for part in filter(None, text.split(",")):
         key, separator, value = part.partition("=")
         if not separator or not key:
             raise UsageError(f"--grpc_channel_arguments: key=value was expected, {part!r} came")
-        arguments[key] = int(value) if value.lstrip("-").isdigit() else value
+        if key != "grpc.max_receive_message_length":
+            log.warning("channel_argument_without_effect", argument=part)
+        elif not value.lstrip("-").isdigit():
+            raise UsageError(f"--grpc_channel_arguments: {key}: a number of bytes was expected, {value!r} came")
+        else:
+            arguments[key] = int(value) if int(value) >= 0 else MAX_MESSAGE_BYTES
     return arguments
 
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -15,7 +16,7 @@ import structlog
 
 from serving.model_server import config, logs
 from serving.model_server.errors import ServingError, UsageError
-from serving.model_server.flags import Flags
+from serving.model_server.flags import Flags, cpus
 from serving.model_server.health import Health
 from serving.model_server.listeners import GrpcListener, RestListener
 
@@ -49,11 +50,10 @@ class Server:
                 flags.host,
                 flags.port,
                 flags.grpc_socket_path,
-                flags.grpc_max_threads,
                 flags.grpc_channel_arguments,
                 tls,
             )
-            self._grpc.add([self._health.handler()])
+            self._grpc.add(lambda server: server.add_generic_rpc_handlers([self._health.handler()]))
         if flags.rest_api_port:
             self._rest = RestListener(
                 flags.host,
@@ -96,6 +96,7 @@ class Server:
             from serving.model_server.loading import Loader
             from serving.model_server.manager import Manager
             from serving.model_server.metrics import Metrics
+            from serving.model_server.workers import Workers
 
         flags = self._flags
         loader = Loader(flags)
@@ -113,7 +114,8 @@ class Server:
             loader.batcher = Batcher(self._batching, metrics.batches() if metrics else None)
         api = Api(manager, check_method_names=flags.enable_signature_method_name_check, metrics=metrics)
         if self._grpc:
-            self._grpc.add(rpc.handlers(api, ThreadPoolExecutor(4, "control"), metrics))
+            workers = Workers(flags.grpc_max_threads, cpus(), in_loop=loader.batcher is None)
+            self._grpc.add(lambda server: rpc.add_services(server, api, workers, metrics))
             self._grpc.ready()
         if self._rest:
             app = rest.create_app(
@@ -152,7 +154,7 @@ class Server:
             self._rest.stop(left)
         self._health.close()
         if stopped:
-            stopped.wait(left + 1)
+            futures.wait([stopped], left + 1)
         if self._rest:
             self._rest.wait(max(0.0, deadline - time.monotonic()) + 1)
 

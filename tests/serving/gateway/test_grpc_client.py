@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.gateway import http2
 from serving.gateway.grpc_client import CallFailed, Channel
-from serving.gateway.http2 import frame, header
 from serving.gateway.settings import split_target
+from serving.transport import http2
+from serving.transport.http2 import frame, header
 from tests.serving.gateway.conftest import LoopThread
 
 PATH = "/test.Echo/Say"

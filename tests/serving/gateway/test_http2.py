@@ -15,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.gateway import http2
-from serving.gateway.http2 import PREFACE, frame, header
 from serving.protos import digits_pb2 as pb
 from serving.protos import upstream_pb2
+from serving.transport import http2
+from serving.transport.http2 import PREFACE, frame, header
 from tests.serving.gateway.conftest import Here, eventually, random_images
 from tests.serving.gateway.upstream_server import expected_probabilities
 

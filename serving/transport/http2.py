@@ -148,7 +148,7 @@ class Connection(asyncio.Protocol):
         self.peer: Any = None
         self.tls: Any = None
         self.held_bytes = 0
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._service = service
         self._connections = connections
         self._handshake_s = handshake_s
@@ -341,6 +341,10 @@ class Connection(asyncio.Protocol):
         if end and not stream.is_over:
             stream.data(b"", True)
 
+    def forget(self) -> None:
+        """Have the service read again what header blocks ask for."""
+        self._known.clear()
+
     def _accept(self, block: bytes) -> Any:
         before = self._table.changes
         try:
@@ -450,7 +454,7 @@ class Connection(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         """Write at the end of this turn of the loop, together with what else there is."""
         if not self._out:
-            self._loop.call_soon(self._flush)
+            self.loop.call_soon(self.flush)
         self._out.append(data)
 
     def send(self, stream: Stream, before: bytes, payload: bytes, after: bytes) -> None:
@@ -472,7 +476,7 @@ class Connection(asyncio.Protocol):
     async def drained(self, stream: Stream) -> None:
         """Wait until the peer takes more of this stream."""
         while (stream.parked is not None or self._paused) and self.streams.get(stream.sid) is stream:
-            stream.ready = self._loop.create_future()
+            stream.ready = self.loop.create_future()
             await stream.ready
 
     def finished(self, stream: Stream) -> None:
@@ -512,7 +516,8 @@ class Connection(asyncio.Protocol):
                 if stream.is_over:
                     self.finished(stream)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write at once what there is: for who goes on to something long."""
         out, self._out = self._out, []
         if out and not self.transport.is_closing():
             self.transport.write(b"".join(out))
@@ -538,7 +543,7 @@ class Connection(asyncio.Protocol):
         if not self._closing:
             self._closing = True
             self._until = time.monotonic() + LAST_WORDS_S
-            self._flush()
+            self.flush()
             self.transport.close()
 
     def _close_if_done(self) -> None:

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import grpc
 
-from serving.gateway.http2 import Connection, Stream, header, header_frame
+from serving.transport.http2 import Connection, Stream, header, header_frame
 
 MAX_METADATA_BYTES: Final = 16 * 1024
 """Bytes of a call's headers as HTTP/2 counts them (name, value and 32)."""
@@ -396,7 +396,7 @@ class Context:
 
 
 class GrpcServer:
-    """A gRPC server on one listening socket. Create it in the event loop it runs in.
+    """A gRPC server. Create it in the event loop it runs in.
 
     Args:
         max_message_bytes: Largest message, unpacked.
@@ -426,9 +426,10 @@ class GrpcServer:
         self._handshake_s = handshake_s
         self._message_s = message_s
         self._generic: list[grpc.GenericRpcHandler] = []
-        self._direct: dict[str, tuple[Direct, frozenset[str]]] = {}
+        self._direct: dict[str, tuple[Direct, frozenset[str] | None]] = {}
         self._found: dict[str, Any] = {}
-        self._listener: asyncio.Server | None = None
+        self._listeners: list[asyncio.Server] = []
+        self._missing = grpc.StatusCode.UNIMPLEMENTED, "Method not found!"
         self._sweeper: asyncio.Task[None] | None = None
 
     # --- what grpcio's servers are called with, too ---
@@ -436,31 +437,50 @@ class GrpcServer:
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
         """Services, as generated code and ``grpc.method_handlers_generic_handler`` describe them."""
         self._generic += handlers
+        self._forget()
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
         """Generated code calls this besides; it says nothing new."""
 
     # --- ours ---
 
-    def add_direct(self, path: str, direct: Direct, metadata: frozenset[str]) -> None:
-        """Have a unary method called in the loop, without a task, if its calls bring no metadata but of these names."""
+    def add_direct(self, path: str, direct: Direct, metadata: frozenset[str] | None = None) -> None:
+        """Have a unary method called in the loop, without a task.
+
+        ``metadata``: only if a call brings none but of these names; else its handler is. None: whatever it brings.
+        """
         self._direct[path] = direct, metadata
+        self._forget()
+
+    def answer_missing(self, status: grpc.StatusCode, text: str) -> None:
+        """What calls of methods that are not there get from now on."""
+        self._missing = status, text
+        self._forget()
+
+    def _forget(self) -> None:
+        """What connections know of header blocks was true before."""
+        for connection in self.connections:
+            connection.forget()
 
     async def start(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
-        """Accept connections on a bound socket. With ``tls``, which has to offer ``h2`` by ALPN, only over it."""
-        self._listener = await self.loop.create_server(
+        """Accept connections on a bound socket, or on one more. With ``tls``, which offers ``h2``, only over it."""
+        is_unix = hasattr(socket, "AF_UNIX") and listener.family == socket.AF_UNIX
+        create = self.loop.create_unix_server if is_unix else self.loop.create_server
+        server = await create(
             lambda: Connection(self, self.connections, self._handshake_s),
             sock=listener,
             ssl=tls,
             ssl_handshake_timeout=self._handshake_s if tls is not None else None,
             backlog=2048,
         )
-        self._sweeper = self.loop.create_task(self._sweep())
+        self._listeners.append(server)
+        if self._sweeper is None:
+            self._sweeper = self.loop.create_task(self._sweep())
 
     async def stop(self, grace_s: float) -> None:
         """Accept no more, let calls under way finish within ``grace_s``, then cut off what is left."""
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         for connection in list(self.connections):
             connection.drain()
         now = time.monotonic()
@@ -499,9 +519,9 @@ class GrpcServer:
         asked.window_bits = _ENCODINGS[values.get(b"grpc-encoding", b"identity")]
         asked.handler = self._find(asked.path)
         if asked.handler is None:
-            asked.wrong = grpc.StatusCode.UNIMPLEMENTED, "Method not found!"
-        direct, names = self._direct.get(asked.path, (None, frozenset()))
-        if direct is not None and {name for name, _ in asked.metadata} <= names:
+            asked.wrong = self._missing
+        direct, names = self._direct.get(asked.path, (None, None))
+        if direct is not None and (names is None or {name for name, _ in asked.metadata} <= names):
             asked.direct = direct
         return asked
 
