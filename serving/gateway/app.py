@@ -129,6 +129,12 @@ class Gateway:
             line.update(fields)
         self.logs.request(line, failed=failed)
 
+    def shed(self, protocol: str, route: str, code: str, started: float, request_id: str) -> None:
+        """As ``finished``, for a request that was refused for lasting overload."""
+        duration_s = time.monotonic() - started
+        self.metrics.request(protocol, route, code, "", duration_s)
+        self.logs.shed(protocol, route, code, duration_s, request_id)
+
     async def close(self) -> None:
         """Finish what is under way and let go of the model server."""
         await self.predictor.close()

@@ -125,6 +125,9 @@ class _Answers:
             unquote(values.get(b"grpc-message", b"").decode("latin-1")),
         )
 
+    def refuse(self, _: Any) -> bytes | None:
+        return None
+
     def open(self, connection: Connection, sid: int, accepted: Any) -> Stream:
         raise NotImplementedError("a client opens its streams itself")
 

@@ -60,11 +60,17 @@ LEAST_SHARE = 1 / 4
 SHORT_QUEUE_SHARE = 0.5
 """Under lasting overload so much of a batch may wait beside what goes at once; more would wait longer to no use."""
 
+FULL_S = 0.0005
+"""For so long a queue that was too long and has not become shorter still is."""
+
 EXPIRY_TICK_S = 0.01
 """A caller learns within this time that its deadline has passed."""
 
 SLOW_CALL_S = 0.01
 """A call under way for longer than this is no reason for others to wait."""
+
+
+TOO_SLOW = "more images are waiting than can be read in time; try again later"
 
 
 class Answer(NamedTuple):
@@ -191,6 +197,8 @@ class Predictor:
         self._max_burst_s = max_burst_s
         self._call_s = 0.0
         self._standing_since = self._overload_until = 0.0
+        self._full_at, self._full_until, self._come_back_s = 0, 0.0, 1.0
+        """What ``sheds`` found last: so many images were too many."""
         self._limit = max_batch
         """Images of one call: ``max_batch``, or fewer under lasting overload."""
         self._images_in = 0.0
@@ -253,22 +261,42 @@ class Predictor:
             now = time.monotonic()
             self._refuse_if_too_much(1, deadline - now, now)
 
+    def sheds(self) -> float:
+        """Seconds after which to come back, if overload lasts and one more image has no room; else 0.
+
+        For who has thousands a second to refuse: counted as ``check_room`` counts it, but nothing is raised.
+        """
+        queued = self.queued_images
+        if not queued:
+            return 0.0
+        now = time.monotonic()
+        if now >= self._overload_until:
+            return 0.0
+        if queued < self._full_at or now >= self._full_until:
+            if not self._is_beyond_short_queue(now):
+                return 0.0
+            self._full_at, self._full_until = queued, now + FULL_S
+            self._come_back_s = self._retry_after_s()
+        self._metrics.shed("queue_slow")
+        return self._come_back_s
+
     def _refuse_if_too_much(self, count: int, remaining_s: float, now: float) -> None:
         queued = self.queued_images
         if queued + count > self._max_queue:
             self._metrics.shed("queue_full")
             raise Overloaded(f"{queued} images are waiting already; try again later", self._retry_after_s())
-        if now < self._overload_until:
-            self._refuse_beyond_short_queue(now)
+        if now < self._overload_until and self._is_beyond_short_queue(now):
+            self._refuse_as_too_slow()
         if queued >= self._max_batch:
             self._refuse_if_too_slow(remaining_s, now)
 
-    def _refuse_beyond_short_queue(self, now: float) -> None:
+    def _is_beyond_short_queue(self, now: float) -> bool:
         """Overload lasts: who would wait for more than one short call under way and half a batch need not wait."""
         goes_at_once = self._limit * max(0, self._calls_allowed(now) - len(self._calls))
-        if self.queued_images >= max(1, int(SHORT_QUEUE_SHARE * self._limit)) + goes_at_once:
-            self._overload_until = now + self._burst_s()  # it ends when nobody had to be refused for so long
-            self._refuse_as_too_slow()
+        if self.queued_images < max(1, int(SHORT_QUEUE_SHARE * self._limit)) + goes_at_once:
+            return False
+        self._overload_until = now + self._burst_s()  # it ends when nobody had to be refused for so long
+        return True
 
     def _refuse_if_too_slow(self, remaining_s: float, now: float) -> None:
         """Much is waiting: at the pace of late, would this one's turn come soon enough to be of use?"""
@@ -290,7 +318,7 @@ class Predictor:
 
     def _refuse_as_too_slow(self) -> None:
         self._metrics.shed("queue_slow")
-        raise Overloaded("more images are waiting than can be read in time; try again later", self._retry_after_s())
+        raise Overloaded(TOO_SLOW, self._retry_after_s())
 
     def leave(self, place: Place) -> None:
         """Free the place of a caller that has gone."""

@@ -28,14 +28,14 @@ from digits.errors import (
 )
 from serving.gateway import open_inference, tensorflow_api
 from serving.gateway.app import Gateway, request_id_from
-from serving.gateway.predictor import Answer, Place
+from serving.gateway.predictor import TOO_SLOW, Answer, Place
 from serving.gateway.tls import server_context
 from serving.gateway.tracing import name_upstream, take_up
 from serving.gateway.upstream import GET_MODEL_METADATA, GET_MODEL_STATUS, PREDICT, Availability, PassedOn, Version
 from serving.protos import digits_pb2 as pb
 from serving.protos import open_inference_pb2
-from serving.transport.grpc_server import Call, GrpcServer, Metadata, packed_status
-from serving.transport.http2 import header
+from serving.transport.grpc_server import Asked, Call, GrpcServer, Metadata, only_status, packed_status
+from serving.transport.http2 import header, packed_string
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Digits"].full_name
 PREDICTION_SERVICE: Final = "tensorflow.serving.PredictionService"
@@ -67,6 +67,11 @@ MESSAGE_SLACK: Final = 1024
 
 PLAIN_METADATA: Final = frozenset({"user-agent", "x-request-id"})
 """Metadata that a direct Classify knows what to do with."""
+
+_REQUEST_ID_NAME: Final = header(b"x-request-id", b"")[:-1]
+"""A header's packed beginning; the packed value follows."""
+
+_EXHAUSTED: Final = grpc.StatusCode.RESOURCE_EXHAUSTED.name
 
 _SERVER_FAULTS: Final = frozenset(
     {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
@@ -166,11 +171,28 @@ class DigitsService:
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
         self._gateway = calls.gateway
+        self._shed_ends: dict[float, bytes] = {}
+        """By whole seconds to come back after, sixty at most: how a refusal ends, but for its id."""
 
     async def classify(self, message: bytes, deadline: float, request_id: str) -> tuple[bytes, str]:
         """ClassifyRequest → ClassifyResponse."""
         answer = await self._gateway.classify(_image(message), deadline)
         return _response(answer, request_id).SerializeToString(), answer.model_version
+
+    def shed(self, asked: Asked) -> bytes | None:
+        """The end of a Classify that lasting overload leaves no room for, before its picture is looked at."""
+        if not self._calls.direct:
+            return None
+        retry_after_s = self._gateway.predictor.sheds()
+        if not retry_after_s:
+            return None
+        request_id = _request_id(asked.metadata, {})
+        end = self._shed_ends.get(retry_after_s)
+        if end is None:
+            code, _, text, more = self._calls.translate(Overloaded(TOO_SLOW, retry_after_s), request_id)
+            end = self._shed_ends[retry_after_s] = only_status(packed_status(code, text, more)) + _REQUEST_ID_NAME
+        self._gateway.shed("grpc", "Classify", _EXHAUSTED, time.monotonic(), request_id)
+        return end + packed_string(request_id.encode())
 
     def classify_directly(self, call: Call, message: bytes) -> None:
         """Classify without a task, for a picture that is decoded at once."""
@@ -427,7 +449,7 @@ class RpcServer:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
             reflection.aio.ReflectionServicer(names), self._server
         )
-        self._server.add_direct(f"/{SERVICE}/Classify", service.classify_directly, PLAIN_METADATA)
+        self._server.add_direct(f"/{SERVICE}/Classify", service.classify_directly, PLAIN_METADATA, service.shed)
         self.port: int = listener.getsockname()[1]
         self._changes: set[asyncio.Task[None]] = set()
 

@@ -1,5 +1,6 @@
 """The process: listen, load TensorFlow, follow the models, and leave in order."""
 
+import gc
 import os
 import signal
 import sys
@@ -128,6 +129,7 @@ class Server:
                 metrics_path=self._metrics_path or "",
             )
             self._rest.serve(app)
+        gc.freeze()  # a full collection would stop all calls while it looks at what TensorFlow's import left
         log.info("tensorflow_loaded", seconds=round(time.monotonic() - started, 1))
         return manager
 

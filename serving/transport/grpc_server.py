@@ -58,11 +58,14 @@ _RESERVED: Final = frozenset(
 Direct = Callable[["Call", bytes], None]
 """Called in the loop with a call and its one message; ends the call with ``answer`` or ``fail``, then or later."""
 
+Shed = Callable[["Asked"], bytes | None]
+"""Asked when a call's headers are there: None, or packed headers (``only_status``) to refuse it with at once."""
+
 
 class Asked:
     """What a header block asks for. One is shared by all calls that were sent with the same block."""
 
-    __slots__ = ("direct", "handler", "metadata", "path", "timeout_s", "window_bits", "wrong")
+    __slots__ = ("direct", "handler", "metadata", "path", "shed", "timeout_s", "window_bits", "wrong")
 
     def __init__(self) -> None:
         self.path = ""
@@ -71,6 +74,7 @@ class Asked:
         self.window_bits = 0
         self.handler: Any = None
         self.direct: Direct | None = None
+        self.shed: Shed | None = None
         self.wrong: tuple[grpc.StatusCode, str] | bytes | None = None
         """Why the call is refused: a gRPC status, or an HTTP status for what is no gRPC."""
 
@@ -311,7 +315,7 @@ class Call(Stream):
         """As ``fail``, with the end of ``packed_status`` and packed headers after it."""
         if self.is_over:
             return
-        block = status if self._opened else b"\x88" + _CONTENT_TYPE + status
+        block = status if self._opened else only_status(status)
         self._last(header_frame(self.sid, block, end=True))
 
     def _last(self, frames: bytes) -> None:
@@ -426,7 +430,7 @@ class GrpcServer:
         self._handshake_s = handshake_s
         self._message_s = message_s
         self._generic: list[grpc.GenericRpcHandler] = []
-        self._direct: dict[str, tuple[Direct, frozenset[str] | None]] = {}
+        self._direct: dict[str, tuple[Direct, frozenset[str] | None, Shed | None]] = {}
         self._found: dict[str, Any] = {}
         self._listeners: list[asyncio.Server] = []
         self._missing = grpc.StatusCode.UNIMPLEMENTED, "Method not found!"
@@ -444,12 +448,15 @@ class GrpcServer:
 
     # --- ours ---
 
-    def add_direct(self, path: str, direct: Direct, metadata: frozenset[str] | None = None) -> None:
+    def add_direct(
+        self, path: str, direct: Direct, metadata: frozenset[str] | None = None, shed: Shed | None = None
+    ) -> None:
         """Have a unary method called in the loop, without a task.
 
         ``metadata``: only if a call brings none but of these names; else its handler is. None: whatever it brings.
+        ``shed``: may refuse such a call before its message is there.
         """
-        self._direct[path] = direct, metadata
+        self._direct[path] = direct, metadata, shed
         self._forget()
 
     def answer_missing(self, status: grpc.StatusCode, text: str) -> None:
@@ -520,10 +527,14 @@ class GrpcServer:
         asked.handler = self._find(asked.path)
         if asked.handler is None:
             asked.wrong = self._missing
-        direct, names = self._direct.get(asked.path, (None, None))
+        direct, names, shed = self._direct.get(asked.path, (None, None, None))
         if direct is not None and (names is None or {name for name, _ in asked.metadata} <= names):
-            asked.direct = direct
+            asked.direct, asked.shed = direct, shed
         return asked
+
+    def refuse(self, accepted: Asked) -> bytes | None:
+        """The whole answer, as a header block, of a call that is not to begin."""
+        return accepted.shed(accepted) if accepted.shed is not None else None
 
     def open(self, connection: Connection, sid: int, accepted: Asked) -> Call:
         """A call begins."""
@@ -588,6 +599,11 @@ def packed_status(status: grpc.StatusCode, text: str, trailers: Metadata = ()) -
     """A call's end as headers. Under overload one end is that of thousands of calls a second."""
     message = header(b"grpc-message", quote(text, safe=_READABLE).encode()) if text else b""
     return _STATUS[status.value[0]] + message + pack_metadata(trailers)
+
+
+def only_status(status: bytes) -> bytes:
+    """The one header block of a call that ends with ``packed_status`` and without a message."""
+    return b"\x88" + _CONTENT_TYPE + status
 
 
 def pack_metadata(metadata: Metadata) -> bytes:

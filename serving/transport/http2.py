@@ -26,6 +26,9 @@ ENHANCE_YOUR_CALM: Final = 0xB
 MAX_FRAME: Final = 16_384
 """Payload bytes of a frame, both ways: the protocol's own default."""
 
+TURN_BYTES: Final = 32 * 1024
+"""About so much of a connection's bytes is taken in one turn of the loop. A call with a picture's bytes has 900."""
+
 MAX_STREAMS: Final = 1024
 """Calls under way on one connection."""
 
@@ -74,6 +77,9 @@ class Service(Protocol):
 
     def accept(self, headers: list[tuple[bytes, bytes]]) -> Any:
         """Headers of a request → whatever ``open`` needs to know of them. May be used for many requests alike."""
+
+    def refuse(self, accepted: Any) -> bytes | None:
+        """A header block that answers a request at once, which then never begins; None to let it begin."""
 
     def open(self, connection: "Connection", sid: int, accepted: Any) -> "Stream":
         """A request begins."""
@@ -169,7 +175,7 @@ class Connection(asyncio.Protocol):
         self._max_frame_out = MAX_FRAME
         self._parked: dict[Stream, None] = {}
         self._out: list[bytes] = []
-        self._paused = False
+        self._paused = self._waits_its_turn = False
         self._strikes = 0
         self._refusing = self._closing = self._active = self._asked = False
 
@@ -208,7 +214,7 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """It reads again."""
         self._paused = False
-        if not self.transport.is_closing():
+        if not self._waits_its_turn and not self.transport.is_closing():
             self.transport.resume_reading()
         for stream in list(self.streams.values()):
             if stream.parked is None:
@@ -219,15 +225,37 @@ class Connection(asyncio.Protocol):
         if self._rest:
             data = self._rest + data
         self._active = True
+        if self._waits_its_turn:
+            self._rest = data
+        else:
+            self._read(data)
+
+    def _read(self, data: bytes) -> None:
         try:
             start = 0 if self._greeted else self._greet(data)
-            start = self._frames(data, start) if self._greeted else 0
+            start = self._frames(data, start, TURN_BYTES) if self._greeted else 0
             self._rest = b"" if self._closing else data[start:]
+            if start >= TURN_BYTES and not self._closing:
+                self._wait_a_turn()
         except Broken as err:
             self._break(err)
         except Exception:  # the edge: a defect here must not leave a connection half alive
             self._break(Broken(INTERNAL_ERROR, "internal error"))
             raise
+
+    def _wait_a_turn(self) -> None:
+        """A lot has come: others have their turn, the model server's answers first of all, before it is read on."""
+        self._waits_its_turn = True
+        self.transport.pause_reading()
+        self.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        self._waits_its_turn = False
+        if self._closing:
+            return
+        self._read(self._rest)
+        if not self._waits_its_turn and not self._paused and not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def _greet(self, data: bytes) -> int:
         if not PREFACE.startswith(data[: len(PREFACE)]):
@@ -235,10 +263,11 @@ class Connection(asyncio.Protocol):
         self._greeted = len(data) >= len(PREFACE)
         return len(PREFACE)
 
-    def _frames(self, data: bytes, start: int) -> int:
+    def _frames(self, data: bytes, start: int, enough: int) -> int:
+        """Take whole frames up to about there; where it stopped."""
         size = len(data)
         streams = self.streams
-        while size - start >= 9 and not self._closing:
+        while size - start >= 9 and start < enough and not self._closing:
             high, low, kind, flags, sid = _HEAD.unpack_from(data, start)
             length = high << 16 | low
             if length > MAX_FRAME:
@@ -334,6 +363,10 @@ class Connection(asyncio.Protocol):
         if len(self.streams) >= MAX_STREAMS or self._refusing:
             self._strike()
             self.reset(sid, REFUSED_STREAM)
+            return
+        refusal = self._service.refuse(accepted)
+        if refusal is not None:  # what else comes of it is late for a stream that is over
+            self.write(header_frame(sid, refusal, end=True))
             return
         stream = self.streams[sid] = self._service.open(self, sid, accepted)
         stream.half_closed = bool(end)
@@ -600,10 +633,11 @@ def header_frame(sid: int, block: bytes, *, end: bool) -> bytes:
 
 def header(name: bytes, value: bytes) -> bytes:
     """One header, packed so that neither side has to remember it (RFC 7541, 6.2.2)."""
-    return b"\0" + _string(name) + _string(value)
+    return b"\0" + packed_string(name) + packed_string(value)
 
 
-def _string(text: bytes) -> bytes:
+def packed_string(text: bytes) -> bytes:
+    """A name or value, its length before it."""
     length = len(text)
     if length < 127:
         return bytes((length,)) + text
