@@ -1,5 +1,6 @@
 """The gateway's parts, put together once and handed to both adapters, and what every request leaves behind."""
 
+import asyncio
 import random
 import re
 import time
@@ -14,6 +15,9 @@ from serving.gateway.settings import Settings
 from serving.gateway.tls import upstream_context
 from serving.gateway.upstream import Availability, Upstream
 from serving.gateway.worker import Control
+
+WORDS_A_SECOND: Final = 1000
+"""Refusals for lasting overload that are told why and logged, each second. The others are counted."""
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+/=@-]{0,127}")
 
@@ -40,6 +44,7 @@ class Gateway:
         self.control: Control | None = None
         """The line to the supervisor, if this is one of several workers."""
         self.metrics = Metrics(settings.unsure_below)
+        self._words_since, self._words, self._wordless = 0.0, 0, 0
         self.guard = Guard.of(settings, self.metrics)
         self.upstream = Upstream(
             settings.upstream,
@@ -134,6 +139,24 @@ class Gateway:
         duration_s = time.monotonic() - started
         self.metrics.request(protocol, route, code, "", duration_s)
         self.logs.shed(protocol, route, code, duration_s, request_id)
+
+    def has_words(self, now: float) -> bool:
+        """Whether one more of this second's refusals for lasting overload is told why, and logged."""
+        if now - self._words_since >= 1.0:
+            self._words_since, self._words = now, 0
+        self._words += 1
+        return self._words <= WORDS_A_SECOND
+
+    def shed_without_words(self, protocol: str, route: str, code: str) -> None:
+        """Count a request that was refused for lasting overload; the log has the number of these each second."""
+        self.metrics.request(protocol, route, code, "", 0.0)
+        if not self._wordless:
+            asyncio.get_running_loop().call_later(1.0, self._say_how_many)
+        self._wordless += 1
+
+    def _say_how_many(self) -> None:
+        count, self._wordless = self._wordless, 0
+        self.log.warning("requests_shed", count=count, hint="refused for overload in a second, besides those logged")
 
     async def close(self) -> None:
         """Finish what is under way and let go of the model server."""

@@ -180,18 +180,25 @@ class DigitsService:
         return _response(answer, request_id).SerializeToString(), answer.model_version
 
     def shed(self, asked: Asked) -> bytes | None:
-        """The end of a Classify that lasting overload leaves no room for, before its picture is looked at."""
+        """What ends a Classify that lasting overload leaves no room for, before its picture is looked at.
+
+        In a storm only some are told more than the code: words for each take the time in which others are answered.
+        """
         if not self._calls.direct:
             return None
         retry_after_s = self._gateway.predictor.sheds()
         if not retry_after_s:
             return None
+        now = time.monotonic()
+        if not self._gateway.has_words(now):
+            self._gateway.shed_without_words("grpc", "Classify", _EXHAUSTED)
+            return b""
         request_id = _request_id(asked.metadata, {})
         end = self._shed_ends.get(retry_after_s)
         if end is None:
             code, _, text, more = self._calls.translate(Overloaded(TOO_SLOW, retry_after_s), request_id)
             end = self._shed_ends[retry_after_s] = only_status(packed_status(code, text, more)) + _REQUEST_ID_NAME
-        self._gateway.shed("grpc", "Classify", _EXHAUSTED, time.monotonic(), request_id)
+        self._gateway.shed("grpc", "Classify", _EXHAUSTED, now, request_id)
         return end + packed_string(request_id.encode())
 
     def classify_directly(self, call: Call, message: bytes) -> None:

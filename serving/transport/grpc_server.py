@@ -59,7 +59,10 @@ Direct = Callable[["Call", bytes], None]
 """Called in the loop with a call and its one message; ends the call with ``answer`` or ``fail``, then or later."""
 
 Shed = Callable[["Asked"], bytes | None]
-"""Asked when a call's headers are there: None, or packed headers (``only_status``) to refuse it with at once."""
+"""Asked when a call's headers are there: None, or packed headers (``only_status``) to refuse it with at once.
+
+Empty headers are RESOURCE_EXHAUSTED without a word.
+"""
 
 
 class Asked:
@@ -533,7 +536,7 @@ class GrpcServer:
         return asked
 
     def refuse(self, accepted: Asked) -> bytes | None:
-        """The whole answer, as a header block, of a call that is not to begin."""
+        """As ``http2.Service`` has it: the whole answer of a call that is not to begin."""
         return accepted.shed(accepted) if accepted.shed is not None else None
 
     def open(self, connection: Connection, sid: int, accepted: Asked) -> Call:

@@ -79,7 +79,10 @@ class Service(Protocol):
         """Headers of a request → whatever ``open`` needs to know of them. May be used for many requests alike."""
 
     def refuse(self, accepted: Any) -> bytes | None:
-        """A header block that answers a request at once, which then never begins; None to let it begin."""
+        """A header block that answers a request at once, which then never begins; None to let it begin.
+
+        An empty one resets it with ENHANCE_YOUR_CALM: the cheapest way to say RESOURCE_EXHAUSTED in gRPC.
+        """
 
     def open(self, connection: "Connection", sid: int, accepted: Any) -> "Stream":
         """A request begins."""
@@ -366,7 +369,10 @@ class Connection(asyncio.Protocol):
             return
         refusal = self._service.refuse(accepted)
         if refusal is not None:  # what else comes of it is late for a stream that is over
-            self.write(header_frame(sid, refusal, end=True))
+            if refusal:
+                self.write(header_frame(sid, refusal, end=True))
+            else:
+                self.reset(sid, ENHANCE_YOUR_CALM)
             return
         stream = self.streams[sid] = self._service.open(self, sid, accepted)
         stream.half_closed = bool(end)

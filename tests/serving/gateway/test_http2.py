@@ -484,3 +484,26 @@ def test_after_all_that_it_serves(here: Here) -> None:
     assert here.stub.Classify(pb.ClassifyRequest(image=bytes(784))).model_version == "3"
     eventually(lambda: here.metric("digits_requests_in_flight", protocol="grpc") == 0)
     assert here.gateway.predictor.queued_images == 0
+
+
+def test_a_connection_that_brings_a_lot_takes_turns_with_others(here: Here) -> None:
+    """Its calls come in one piece of ten turns, all are answered, and a call of another connection meanwhile, too."""
+    count = 10 * http2.TURN_BYTES // len(message())
+    calls = b"".join(
+        frame(http2.HEADERS, http2.END_HEADERS, 2 * at + 1, BLOCK)
+        + frame(http2.DATA, http2.END_STREAM, 2 * at + 1, message())
+        for at in range(count)
+    )
+    with connect(here) as client:
+        client.sendall(GREETING + calls)
+        assert here.stub.Classify(pb.ClassifyRequest(image=bytes(784)), timeout=30).model_version
+        ended: set[int] = set()
+        data = b""
+        while len(ended) < count:
+            piece = client.recv(1 << 20)
+            assert piece, "the server closed"
+            data += piece
+            found = split(data)
+            data = data[sum(9 + len(payload) for *_, payload in found) :]
+            ended |= {sid for kind, flags, sid, _ in found if kind == http2.HEADERS and flags & http2.END_STREAM}
+    assert ended == {2 * at + 1 for at in range(count)}

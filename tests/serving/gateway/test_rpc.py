@@ -1,7 +1,9 @@
 """gRPC: what is read, every error row, streams, health, reflection."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -263,3 +265,73 @@ def test_rest_and_grpc_calls_share_upstream_calls(start: Callable[..., Here]) ->
     second.result()
     rest.join()
     assert here.behaviour.batches == [1, 2]
+
+
+def storm(here: Here, refusals: int) -> list[Any]:
+    """Calls far beyond what can be done, until so many were refused. All have ended."""
+    calls: list[Any] = []
+    refused_so_far = 0
+    until = time.monotonic() + 30
+    while refused_so_far < refusals and time.monotonic() < until:
+        calls += [
+            here.stub.Classify.future(pb.ClassifyRequest(image=bytes(784)), metadata=(("x-request-id", f"storm-{i}"),))
+            for i in range(len(calls), len(calls) + 50)
+        ]
+        time.sleep(0.01)
+        refused_so_far = sum(call.done() and call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED for call in calls)
+    assert refused_so_far >= refusals
+    assert {call.code() for call in calls} == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    return calls
+
+
+STORM: dict[str, Any] = {
+    "max_upstream_calls": 1, "max_batch_images": 2, "max_burst_s": 0.05, "max_wait_s": 30, "timeout_s": 60,
+}  # fmt: skip
+
+
+def test_a_storm_is_refused_as_overload_is(start: Callable[..., Here], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the headers once overload lasts: the same code, push-back and id as any refusal, a line and a count each."""
+    monkeypatch.setattr("serving.gateway.app.WORDS_A_SECOND", 1_000_000)
+    here = start(**STORM)
+    here.behaviour.delay_s = 0.02
+    here.forget_log()
+    calls = storm(here, 300)
+    refused = [call for call in calls if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED]
+    for call in refused:
+        trailers = dict(call.trailing_metadata())
+        assert int(trailers["grpc-retry-pushback-ms"]) >= 1000
+        assert trailers["x-error-code"] == "overloaded"
+        assert "try again later" in call.details()
+    ids = [dict(call.trailing_metadata())["x-request-id"] for call in calls]
+    assert ids == [f"storm-{i}" for i in range(len(calls))]
+    labels = {"protocol": "grpc", "route": "Classify", "code": "RESOURCE_EXHAUSTED", "model_version": ""}
+    assert here.metric("digits_requests_total", **labels) == len(refused)
+    assert here.metric("digits_shed_total", reason="queue_slow") == len(refused)
+    lines = {line["request_id"]: line for line in here.log_lines()}
+    assert lines.keys() == set(ids)
+    for call in refused:
+        line = lines[dict(call.trailing_metadata())["x-request-id"]]
+        assert (line["protocol"], line["route"], line["code"]) == ("grpc", "Classify", "RESOURCE_EXHAUSTED")
+        assert (line["level"], line["error"]) == ("info", "overloaded")
+        assert line["ms"] >= 0
+
+
+def test_of_a_greater_storm_most_are_refused_without_words(
+    start: Callable[..., Here], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Still RESOURCE_EXHAUSTED to every client, and counted; the log has their number each second."""
+    monkeypatch.setattr("serving.gateway.app.WORDS_A_SECOND", 20)
+    here = start(**STORM)
+    here.behaviour.delay_s = 0.02
+    here.forget_log()
+    calls = storm(here, 500)
+    refused = [call for call in calls if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED]
+    wordless = [call for call in refused if "x-request-id" not in dict(call.trailing_metadata() or ())]
+    assert 0 < len(wordless) < len(refused)
+    labels = {"protocol": "grpc", "route": "Classify", "code": "RESOURCE_EXHAUSTED", "model_version": ""}
+    assert here.metric("digits_requests_total", **labels) == len(refused)
+    eventually(lambda: sum(line["count"] for line in here.log_lines("requests_shed")) == len(wordless))
+    assert len(here.log_lines()) == len(calls) - len(wordless)
+    assert (
+        here.stub.Classify(pb.ClassifyRequest(image=bytes(784)), timeout=20, wait_for_ready=True).model_version == "3"
+    )
