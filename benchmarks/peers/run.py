@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import httpx
@@ -82,6 +82,8 @@ class Measured:
     rest: float = 0.0
     grpc: float = 0.0
     p99_ms: float = 0.0
+    ours_p99_ms: float = 0.0
+    """Of the gateway, at the load of a peer's ``p99_ms``."""
 
 
 def run(seconds: float, repeats: int) -> None:
@@ -103,7 +105,9 @@ def run(seconds: float, repeats: int) -> None:
                 with started(setting) as (peer_rest, peer_grpc):
                     for _ in range(repeats):
                         found[None].append(measure(rest, grpc, seconds))
-                        found.setdefault(setting, []).append(measure(peer_rest, peer_grpc, seconds))
+                        peer = measure(peer_rest, peer_grpc, seconds)
+                        peer.ours_p99_ms = limits.open_loop(rest, peer.rest / 2, seconds)["p99_ms"]
+                        found.setdefault(setting, []).append(peer)
                         said = f"{setting.peer}, {setting.name}: {found[setting][-1]}; ours {found[None][-1]}"
                         print(said, file=sys.stderr)
             except (RuntimeError, NotAllGood, subprocess.CalledProcessError) as err:
@@ -119,13 +123,14 @@ def measure(rest: Variant, grpc: Variant | None, seconds: float) -> Measured:
 
 
 def median_of(values: list[Measured]) -> Measured:
-    return Measured(*(statistics.median(getattr(one, name) for one in values) for name in ("rest", "grpc", "p99_ms")))
+    names = [one.name for one in fields(Measured)]
+    return Measured(*(statistics.median(getattr(one, name) for one in values) for name in names))
 
 
 def show(console: Console, medians: "dict[Setting | None, Measured]") -> None:
     """The table, and how many times the best peer's rates ours are."""
     table = Table(title="the same SavedModel on the same two cores, 64 in flight; medians")
-    for column in ("what", "REST/s", "gRPC/s", "p99 ms at half of its REST"):
+    for column in ("what", "REST/s", "gRPC/s", "p99 ms at half of its REST", "ours at that load"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for setting, one in medians.items():
         name = "digits gateway" if setting is None else f"{setting.peer}, {setting.name}"
@@ -134,6 +139,7 @@ def show(console: Console, medians: "dict[Setting | None, Measured]") -> None:
             f"{one.rest:,.0f}",
             f"{one.grpc:,.0f}" if one.grpc else "",
             f"{one.p99_ms:.1f}" if one.p99_ms else "none answered",
+            f"{one.ours_p99_ms:.1f}" if setting is not None else "",
         )
     console.print(table)
     ours, peers = medians[None], [one for setting, one in medians.items() if setting is not None]
@@ -141,10 +147,13 @@ def show(console: Console, medians: "dict[Setting | None, Measured]") -> None:
         return
     best_rest = max(one.rest for one in peers)
     best_grpc = max(one.grpc for one in peers)
-    least = min((one.p99_ms for one in peers if one.p99_ms), default=0.0)
+    best_p99 = min((one for one in peers if one.p99_ms), key=lambda one: one.p99_ms, default=None)
     text = f"REST {ours.rest / best_rest:.1f} times the best peer's"
     text += f", gRPC {ours.grpc / best_grpc:.1f} times" if best_grpc else ""
-    console.print(text + (f", p99 {ours.p99_ms / least:.2f} of the best peer's" if least else ""))
+    if best_p99 is not None:
+        text += f", p99 {ours.p99_ms / best_p99.p99_ms:.2f} of the best peer's"
+        text += f" ({best_p99.ours_p99_ms / best_p99.p99_ms:.2f} at that peer's load)"
+    console.print(text)
 
 
 @contextlib.contextmanager
