@@ -1,11 +1,13 @@
 """A TF Lite model, ``model.tflite`` in the version's folder, on a pool of interpreters.
 
-An interpreter does one call at a time, and outside the interpreter lock, so a model has as many as calls may run. Its
+An interpreter does one call at a time, and outside the interpreter lock, so a model has as many as calls run. Its
 XNNPACK kernels pack the weights once, where TensorFlow's matrix multiplication packs them on every call.
 """
 
 import queue
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,24 @@ class TfLiteModel(Model):
     """One loaded TF Lite model. One without signatures gets ``serving_default``, of its tensors' own names."""
 
     def __init__(self, path: Path, interpreters: int) -> None:
-        """Load it into ``interpreters`` interpreters.
+        """Load it into an interpreter, and into more up to ``interpreters`` once so many calls run at a time.
 
         Raises:
             ServingError: the file is no TF Lite model, or uses operations that are not there.
         """
-        with logs.libraries_silenced():  # they greet in plain text
-            pool = _interpreters(path, interpreters)
+        try:
+            self._content = (path / LITE_FILE).read_bytes()
+            with logs.libraries_silenced():  # they greet in plain text
+                first = _Interpreter(self._content)
+        except (OSError, ValueError, RuntimeError) as err:
+            raise ServingError(
+                Code.INVALID_ARGUMENT, f"{LITE_FILE} cannot be loaded: {err}"[:MAX_MESSAGE_CHARS]
+            ) from err
         self._pool: queue.LifoQueue[_Interpreter] = queue.LifoQueue()
-        for interpreter in pool:
-            self._pool.put(interpreter)
-        super().__init__(path, pool[0].signatures())
+        self._pool.put(first)
+        self._may_be_made = interpreters - 1
+        self._making = threading.Lock()
+        super().__init__(path, first.signatures())
 
     def close(self) -> None:
         """Free the interpreters."""
@@ -46,11 +55,20 @@ class TfLiteModel(Model):
         Raises:
             ValueError, RuntimeError: the model cannot take these inputs.
         """
-        interpreter = self._pool.get()
+        interpreter = self._take()
         try:
             return interpreter.invoke(name, inputs)
         finally:
             self._pool.put(interpreter)
+
+    def _take(self) -> "_Interpreter":
+        """The one used last, whose memory is warm; a new one, which packs the weights for itself, only if all work."""
+        with suppress(queue.Empty):
+            return self._pool.get_nowait()
+        with self._making:
+            make = self._may_be_made > 0
+            self._may_be_made -= make
+        return _Interpreter(self._content) if make else self._pool.get()
 
     def run_together(self, wanted: Mapping[str, Sequence[str]], inputs: Arrays) -> dict[str, dict[str, Array]]:
         """One after the other: an interpreter runs one signature."""
@@ -134,14 +152,6 @@ class _Interpreter:
             lite.set_tensor(places[alias], array)
         lite.invoke()
         return {detail["name"]: lite.get_tensor(detail["index"]) for detail in lite.get_output_details()}
-
-
-def _interpreters(path: Path, count: int) -> list[_Interpreter]:
-    try:
-        content = (path / LITE_FILE).read_bytes()
-        return [_Interpreter(content) for _ in range(count)]
-    except (OSError, ValueError, RuntimeError) as err:
-        raise ServingError(Code.INVALID_ARGUMENT, f"{LITE_FILE} cannot be loaded: {err}"[:MAX_MESSAGE_CHARS]) from err
 
 
 def _signature(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> meta_graph_pb2.SignatureDef:

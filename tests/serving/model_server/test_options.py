@@ -229,6 +229,22 @@ def test_a_signature_runs_where_it_should(exports, tmp_path, beside):
     model.close()
 
 
+def test_more_calls_at_a_time_than_interpreters_get_their_own_answers(exports, tmp_path):
+    """Interpreters are made as calls need them, up to the number given; whoever comes after waits."""
+    from serving.model_server.tflite import TfLiteModel
+
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(exports[2]), signature_keys=["serving_default"])
+    (tmp_path / "model.tflite").write_bytes(converter.convert())
+    model = TfLiteModel(tmp_path, 3)
+    batches = [np.random.default_rng(at).integers(0, 256, (1 + 300 * (at % 3), 28, 28), np.uint8) for at in range(40)]
+    expected = [model.run("", {"images": batch})["probabilities"] for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda batch: model.run("", {"images": batch})["probabilities"], batches))
+    for answer, alone in zip(answers, expected, strict=True):
+        np.testing.assert_array_equal(answer, alone)
+    model.close()
+
+
 def test_a_tf_lite_model_without_signatures_has_those_of_its_tensors(server):
     """``serving_default``, with the names in the file."""
     body = {"inputs": [[1, 2], [3, 4], [5, 6]]}
