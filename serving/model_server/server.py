@@ -76,7 +76,6 @@ class Server:
         )
         manager = self._load()
         self._loaded = True
-        manager.start(self._models)
         threading.Thread(target=self._follow_config, args=(manager,), name="config", daemon=True).start()
         log.info("server_started", pid=os.getpid())
         self._stop.wait()
@@ -114,6 +113,8 @@ class Server:
         if self._batching:
             loader.batcher = Batcher(self._batching, metrics.batches() if metrics else None)
         api = Api(manager, check_method_names=flags.enable_signature_method_name_check, metrics=metrics)
+        # Before anybody may ask for another configuration, which this would take back.
+        manager.start(self._models)
         if self._grpc:
             workers = Workers(flags.grpc_max_threads, cpus(), in_loop=loader.batcher is None)
             self._grpc.add(lambda server: rpc.add_services(server, api, workers, metrics))
