@@ -96,7 +96,7 @@ class GrpcListener:
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Uvloop's where there is one."""
+    """One of uvloop where that is installed."""
     try:
         import uvloop
     except ImportError:

@@ -81,12 +81,14 @@ class Workers:
 
     def _next(self) -> None:
         call, kind, work = self._turn[0]
-        if is_wanted(call):
-            end(call, self._timed(kind, work))
-            call.connection.flush()
-        self._turn.popleft()
-        if self._turn:  # what has come and what is to go has its turn first
-            call.connection.loop.call_soon(self._next)
+        try:
+            if is_wanted(call):
+                end(call, self._timed(kind, work))
+                call.connection.flush()
+        finally:  # whatever became of this one, the others have their turn
+            self._turn.popleft()
+            if self._turn:  # what has come and what is to go goes before
+                call.connection.loop.call_soon(self._next)
 
     def _on_thread(self, call: Call, kind: Hashable, work: Work) -> None:
         outcome = self._timed(kind, work) if is_wanted(call, may_end=False) else b""
