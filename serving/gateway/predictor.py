@@ -51,11 +51,11 @@ FEW_SHARE = 1 / 16
 FEW_RISE = 0.01
 """Weight of a slower such call among those before."""
 
-SHORT_CALL_TIMES = 6
-"""But so small that a call takes about so many times what one of few images takes that is alone at the model server."""
+SHORT_CALL_COST = 1.5
+"""Under lasting overload a call is so small that an image costs about this many times what it costs in a whole batch."""
 
-LEAST_SHARE = 1 / 4
-"""And no smaller than this share of a batch: on a machine with other work a call's fixed cost grows without bound."""
+LEAST_SHARE = 3 / 16
+"""But no smaller than this share of a batch: on a machine with other work a call's fixed cost grows without bound."""
 
 SHORT_QUEUE_SHARE = 0.5
 """Under lasting overload so much of a batch may wait beside what goes at once; more would wait longer to no use."""
@@ -207,6 +207,10 @@ class Predictor:
         """A call's share of those, at most ``_limit``."""
         self._few = max(1, int(FEW_SHARE * max_batch))
         self._few_s = 0.0
+        """What a call of so few images takes that is alone at the model server."""
+        self._many = self._many_s = 0.0
+        """Images of a call of more, and how long after the one before it comes back when calls follow each other."""
+        self._last_back = 0.0
         self._images_per_s = 0.0
         self._closed = False
         metrics.watch_predictor(lambda: self.queued_images, lambda: len(self._calls))
@@ -309,9 +313,13 @@ class Predictor:
             self._refuse_as_too_slow()
 
     def _short_batch(self) -> int:
-        """Images of a call under lasting overload: at the pace of late they take a few times as long as a few do."""
-        fitting = self._images_per_s * SHORT_CALL_TIMES * self._few_s
-        return min(self._max_batch, max(1, int(LEAST_SHARE * self._max_batch), int(fitting)))
+        """Images of a call under lasting overload: the fewest that still take most of what could be done."""
+        more = self._many - self._few
+        image_s = max(0.0, self._many_s - self._few_s) / more if more > 0 else 0.0
+        fixed_s = max(0.0, self._few_s - self._few * image_s)
+        whole_s = SHORT_CALL_COST * fixed_s / self._max_batch + (SHORT_CALL_COST - 1) * image_s
+        fitting = int(fixed_s / whole_s) if whole_s else 0
+        return min(self._max_batch, max(1, int(LEAST_SHARE * self._max_batch), fitting))
 
     def _burst_s(self) -> float:
         return max(self._max_burst_s, 4 * self._call_s)
@@ -425,12 +433,17 @@ class Predictor:
                 raise
         finally:
             del self._calls[number]
-            took_s = max(time.monotonic() - started, 1e-6)
+            now = time.monotonic()
+            took_s = max(now - started, 1e-6)
             self._images_per_s = _smoothed(self._images_per_s, count / took_s)
             self._call_s = _smoothed(self._call_s, took_s)
             if alone and count <= self._few:
                 # The quickest of late: what else the machine does is no reason for larger batches.
                 self._few_s = took_s if took_s < self._few_s else _smoothed(self._few_s, took_s, FEW_RISE)
+            elif count > 2 * self._few:
+                self._many = _smoothed(self._many, count)
+                self._many_s = _smoothed(self._many_s, now - max(started, self._last_back))
+            self._last_back = now
             if self._queue:
                 self._wake()
 
