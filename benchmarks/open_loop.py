@@ -26,7 +26,7 @@ CONNECTIONS = 256
 """Over HTTP/1.1; each carries one call at a time."""
 
 TICK_S = 0.0005
-"""Calls that are due within this time leave together, and answers of as long are read together: it counts as waiting."""
+"""Calls that are due within this time leave together; answers are read as often, and what that takes is waiting too."""
 
 MOST_AT_ONCE = 1 << 18
 """Bytes that are read or written in one system call."""
@@ -111,7 +111,7 @@ class Sender:
         """Send what did not fit before."""
 
     def wait(self, wait_s: float) -> None:
-        """Take what has come after ``wait_s``. To wake up for every answer would take half as much again of the core."""
+        """Take what has come after ``wait_s``. Waking up for every answer would take half as much again of the core."""
         time.sleep(wait_s)
         for fd, _ in self.poll.poll(0):
             try:

@@ -52,7 +52,7 @@ FEW_RISE = 0.01
 """Weight of a slower such call among those before."""
 
 SHORT_CALL_COST = 1.5
-"""Under lasting overload a call is so small that an image costs about this many times what it costs in a whole batch."""
+"""Under lasting overload a call is as small as lets an image cost so many times what it costs in a whole batch."""
 
 LEAST_SHARE = 3 / 16
 """But no smaller than this share of a batch: on a machine with other work a call's fixed cost grows without bound."""
