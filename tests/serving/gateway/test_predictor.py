@@ -421,3 +421,36 @@ def test_under_lasting_overload_batches_become_short(start: Callable[..., Here])
     last = here.thread.run(overload(), 2 * HANG_S)
     assert max(here.behaviour.batches) == 64
     assert last < 32
+
+
+def test_under_lasting_overload_batches_stay_long_where_calls_cost_and_images_do_not(
+    start: Callable[..., Here],
+) -> None:
+    """Short calls would do a small part of the work there, and sooner by nothing."""
+    here = start(
+        max_upstream_calls=3, max_batch_images=64, max_queue_images=256, max_wait_s=HANG_S, max_burst_s=BURST_S
+    )
+    here.behaviour.delay_s, here.behaviour.delay_per_image_s = 0.02, 0.00002
+
+    async def overload() -> list[int]:
+        predictor = here.gateway.predictor
+        for _ in range(10):
+            await predictor.submit(bytes(784), 1, far())
+        here.behaviour.batches.clear()
+        taken = []
+        until = time.monotonic() + HANG_S
+        lasting_from = 0
+        while not lasting_from or len(here.behaviour.batches) < lasting_from + 20:
+            assert time.monotonic() < until
+            try:
+                taken.extend(predictor.submit(bytes(784), 1, far()) for _ in range(200))
+            except Overloaded:
+                if predictor.queued_images < 64 and not lasting_from:  # refused with less than a batch waiting
+                    lasting_from = len(here.behaviour.batches)
+            await asyncio.sleep(0.002)
+        batches = here.behaviour.batches[lasting_from + 5 :]
+        await asyncio.gather(*taken)
+        return batches
+
+    batches = here.thread.run(overload(), 2 * HANG_S)
+    assert 12 < np.median(batches) < 64  # where images cost, calls are of 12 or fewer
