@@ -52,7 +52,7 @@ FEW_RISE = 0.01
 """Weight of a slower such call among those before."""
 
 SHORT_CALL_COST = 1.5
-"""Under lasting overload a call is as small as lets an image cost so many times what it costs in a whole batch."""
+"""Under lasting overload calls become so small that an image costs so many times what it costs in a whole batch."""
 
 LEAST_SHARE = 3 / 16
 """But no smaller than this share of a batch: on a machine with other work a call's fixed cost grows without bound."""
@@ -211,6 +211,7 @@ class Predictor:
         self._many = self._many_s = 0.0
         """Images of a call of more, and how long after the one before it comes back when calls follow each other."""
         self._last_back = 0.0
+        """When a call came back last."""
         self._images_per_s = 0.0
         self._closed = False
         metrics.watch_predictor(lambda: self.queued_images, lambda: len(self._calls))
@@ -313,7 +314,7 @@ class Predictor:
             self._refuse_as_too_slow()
 
     def _short_batch(self) -> int:
-        """Images of a call under lasting overload: the fewest that still take most of what could be done."""
+        """Images of a call under lasting overload: the fewest with which none costs more than SHORT_CALL_COST."""
         more = self._many - self._few
         image_s = max(0.0, self._many_s - self._few_s) / more if more > 0 else 0.0
         fixed_s = max(0.0, self._few_s - self._few * image_s)
