@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -188,7 +189,7 @@ def test_killed_between_any_two_file_operations_one_version_is_served_and_the_ne
         add_version(settings, number)
         if number == 1 or kind == "rollback":
             promote(settings, number)
-    work = {"promote": lambda s: promote(s, 2), "rollback": rollback}[kind]
+    work = {"promote": partial(promote, number=2), "rollback": rollback}[kind]
     old, new = (1, 2) if kind == "promote" else (2, 1)
     earlier = decisions(settings)
     template, killed_at = tmp_path.with_name(f"{tmp_path.name}-template"), []
@@ -197,7 +198,7 @@ def test_killed_between_any_two_file_operations_one_version_is_served_and_the_ne
         project = tmp_path.with_name(f"{tmp_path.name}-{operation}")
         shutil.copytree(template, project)
         mine = settings.model_copy(update={"project": project})
-        killed = die_at(operation, lambda mine=mine: work(mine))
+        killed = die_at(operation, partial(work, mine))
         config = serving_config.read(mine)
         assert config is not None
         assert config.promoted in (old, new)
@@ -249,7 +250,7 @@ def test_killed_prune_is_completed_by_the_next_command(settings: Settings, tmp_p
         project = tmp_path.with_name(f"{tmp_path.name}-{operation}")
         shutil.copytree(template, project)
         mine = settings.model_copy(update={"project": project})
-        killed = die_at(operation, lambda mine=mine: prune(mine, 1))
+        killed = die_at(operation, partial(prune, mine, 1))
         for folder in mine.versions_dir.glob("[0-9]*"):
             assert (folder / "saved_model.pb").is_file()
             assert (folder / contract.LINEAGE_FILE).is_file()

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -169,7 +170,7 @@ def test_killed_between_any_two_file_operations_the_next_run_completes(candidate
     while True:
         operation += 1
         with_other_weights(settings, f"weights {operation}")
-        killed = die_at(operation, lambda: publish(settings))
+        killed = die_at(operation, partial(publish, settings))
         for version in versions(settings):
             require_whole(settings.versions_dir / version)
         recovery.complete(settings)
