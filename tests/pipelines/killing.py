@@ -9,8 +9,8 @@ from pathlib import Path
 
 _CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "subprocess.Popen", "sqlite3.connect"}
 
-# The tests' own process cannot be forked safely: other tests leave threads in it (gRPC's, TensorFlow's), and the child of
-# such a process may find their locks held, or crash. The fork server has imported what is needed and nothing else.
+# The tests' own process cannot be forked safely: other tests leave threads in it (gRPC's, TensorFlow's), and the child
+# of such a process may find their locks held, or crash. The fork server has imported what is needed and nothing else.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["pipelines.publish", "pipelines.promotion", "pipelines.prune"])
 
