@@ -1,4 +1,4 @@
-"""Deformed copies of digits, drawn inside the training graph: one affine map and one elastic field an image.
+"""Deformed copies of digits, drawn inside the training graph: one affine map, one elastic field and one pen an image.
 
 After Simard, Steinkraus and Platt, "Best practices for convolutional neural networks applied to visual document
 analysis" (ICDAR 2003). The elastic field is a sum of Gaussian bumps on a coarse grid, which has the same statistics as
@@ -56,9 +56,26 @@ def build_augment(params: AugmentParams) -> Callable[..., Any]:
             field = tf.reshape(field, (2, count, IMAGE_BYTES))
             source_x += field[0]
             source_y += field[1]
-        return _sample(images_u8, source_y, source_x)
+        deformed = _sample(images_u8, source_y, source_x)
+        if params.pen > 0:
+            pen_seed = tf.random.experimental.stateless_fold_in(seed, 2)
+            pen = tf.random.stateless_uniform((drawn, 1, 1), pen_seed, -params.pen, params.pen)
+            deformed = _thicken(deformed, pen[first : first + count])
+        return deformed
 
     return augment
+
+
+def _thicken(images: Any, share: Any) -> Any:
+    """Bring images (N, 28, 28) a ``share`` (N, 1, 1) of the way to the darkest neighbour, below 0 to the lightest.
+
+    Neighbours of a pixel are itself and the four beside it.
+    """
+    padded = tf.pad(images, ((0, 0), (1, 1), (1, 1)))
+    darkest = lightest = images
+    for beside in (padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]):
+        darkest, lightest = tf.maximum(darkest, beside), tf.minimum(lightest, beside)
+    return images + tf.maximum(share, 0.0) * (darkest - images) + tf.minimum(share, 0.0) * (images - lightest)
 
 
 def _elastic_basis(sigma_px: float) -> np.ndarray:

@@ -54,7 +54,8 @@ def build_model(params: ModelParams, class_count: int, precision: str) -> keras.
     if params.receptive_fields:
         x = keras.layers.Reshape((IMAGE_HEIGHT, IMAGE_WIDTH, 1), dtype=policy, name="plane")(x)
     for i, field in enumerate(params.receptive_fields, start=1):
-        convolution = keras.layers.Conv2D(field.features, field.size, field.stride, name=f"tied_{i}", **setting)
+        shape = field.features, field.size, field.stride, field.padding
+        convolution = keras.layers.Conv2D(*shape, name=f"tied_{i}", **setting)
         x = _activate(convolution(x), params, policy, i)
     x = keras.layers.Flatten(dtype=policy, name="flatten")(x)
     for i, width in enumerate(params.hidden_widths, start=len(params.receptive_fields) + 1):

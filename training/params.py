@@ -1,5 +1,6 @@
 """What `params.yaml` may say. Every key is known and checked; an unknown or contradictory one is refused by name."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, get_args
@@ -178,6 +179,12 @@ class ReceptiveField(_Section):
     stride: int = Field(ge=1, le=28)
     features: int = Field(ge=1, le=1024)
     """Units at each place."""
+    padding: Literal["valid", "same"] = "valid"
+    """same: fields reach over the edge, and see paper there, so that there are as many places as ``stride`` allows."""
+
+    def places(self, side: int) -> int:
+        """How many there are along a side of ``side`` units."""
+        return math.ceil(side / self.stride) if self.padding == "same" else (side - self.size) // self.stride + 1
 
 
 _MOST_UNITS = 16384
@@ -205,7 +212,7 @@ class ModelParams(_Section):
         for field in self.receptive_fields:
             if field.size > side:
                 raise _contradiction("receptive_fields", f"of size {field.size}", f"at most the {side} that are left")
-            side = (side - field.size) // field.stride + 1
+            side = field.places(side)
             if side * side * field.features > _MOST_UNITS:
                 units = f"{side} x {side} places x {field.features} features"
                 raise _contradiction("receptive_fields", units, f"at most {_MOST_UNITS} units in a layer")
@@ -257,11 +264,13 @@ class AugmentParams(_Section):
     shift_px: float = Field(ge=0.0, le=14.0)
     elastic_px: float = Field(ge=0.0, le=10.0)
     elastic_sigma_px: float = Field(ge=2.0, le=20.0)
+    pen: Rate
+    """Up to which share pixels get as dark as the darkest beside them (a thicker pen) or as light as the lightest."""
 
     @property
     def is_off(self) -> bool:
         """True when images are to stay as they are."""
-        return not any((self.rotation_rad, self.scale, self.shear, self.shift_px, self.elastic_px))
+        return not any((self.rotation_rad, self.scale, self.shear, self.shift_px, self.elastic_px, self.pen))
 
 
 class TwinParams(_Section):

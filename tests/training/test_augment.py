@@ -7,7 +7,7 @@ import numpy as np
 from training.params import AugmentParams
 from training.workspace import Split
 
-OFF = {"rotation_rad": 0.0, "scale": 0.0, "shear": 0.0, "shift_px": 0.0, "elastic_px": 0.0, "elastic_sigma_px": 5.0}
+OFF = dict.fromkeys(AugmentParams.model_fields, 0.0) | {"elastic_sigma_px": 5.0}
 
 
 def augment(images: np.ndarray, seed: int = 1, **strengths: float) -> np.ndarray:
@@ -50,7 +50,8 @@ def test_a_part_of_a_batch_is_drawn_as_in_the_whole(real: dict[str, Split]) -> N
     from training.augment import build_augment
 
     images, seed = real["train"].images[:30], tf.constant([1, 2])
-    deform = build_augment(AugmentParams(**{**OFF, "rotation_rad": 0.3, "shift_px": 1.0, "elastic_px": 1.0}))
+    strengths = {"rotation_rad": 0.3, "shift_px": 1.0, "elastic_px": 1.0, "pen": 0.5}
+    deform = build_augment(AugmentParams(**{**OFF, **strengths}))
     whole = deform(tf.constant(images), seed).numpy()
     part = deform(tf.constant(images[10:20]), seed, 10, 30).numpy()
     assert np.abs(part - whole[10:20]).max() < 1e-3
@@ -76,3 +77,19 @@ def test_the_elastic_field_is_as_strong_as_asked() -> None:
     moved = (augment(ramp, elastic_px=0.7) - ramp)[:, 6:22, 6:22] / 9
     assert abs(moved.std() - 0.7) < 0.1
     assert abs(moved.mean()) < 0.1
+
+
+def test_a_pen_draws_strokes_thicker_or_thinner_and_no_two_alike(real: dict[str, Split]) -> None:
+    """A pixel lies between the lightest and the darkest of it and its neighbours; some gain ink, some lose it."""
+    from scipy import ndimage
+
+    images = real["train"].images[:200]
+    drawn = augment(images, pen=0.6)
+    cross = ndimage.generate_binary_structure(2, 1)[None]
+    assert (drawn <= ndimage.grey_dilation(images, footprint=cross, mode="constant") + 1e-3).all()
+    assert (drawn >= ndimage.grey_erosion(images, footprint=cross, mode="constant") - 1e-3).all()
+    ink = drawn.mean(axis=(1, 2)) / images.mean(axis=(1, 2))
+    assert 1.2 < ink.max() < 2.0
+    assert 0.4 < ink.min() < 0.8
+    assert abs(np.mean(ink > 1) - 0.5) < 0.15
+    assert len(np.unique(ink.round(3))) > 100

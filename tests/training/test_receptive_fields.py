@@ -10,9 +10,9 @@ from tests.training.conftest import make_workspace
 from training.params import Params
 from training.workspace import Split
 
-FIELDS = [{"size": 5, "stride": 2, "features": 4}, {"size": 5, "stride": 2, "features": 8}]
+FIELDS = [{"size": 5, "stride": 2, "features": 4}, {"size": 5, "stride": 2, "features": 8, "padding": "same"}]
 QUIET = Console(quiet=True)
-UNITS = [12 * 12 * 4, 4 * 4 * 8]
+UNITS = [12 * 12 * 4, 6 * 6 * 8]
 
 
 @pytest.fixture
