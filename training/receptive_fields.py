@@ -2,10 +2,9 @@
 
 A convolution is a dense layer most of whose weights are 0 and the rest repeated (LeCun et al. 1989). Training it in
 that form costs a tenth of the weights and finds what a dense layer does not find in any reasonable time; after that the
-same function is written as dense layers, and from there every weight is free to learn on its own (d'Ascoli et al.,
-"Finding the needle in the haystack with convolutions", NeurIPS 2019). It learns from the answers of the tied network,
-averaged over shifted copies of the image: units some pixels apart answer a little otherwise when the image moves by
-less than that, and free weights can do better. What is saved and served is dense layers alone.
+same function is written as dense layers, which are all that is saved and served. From there every weight may learn on
+its own (``train.free_epochs``; d'Ascoli et al., "Finding the needle in the haystack with convolutions", NeurIPS 2019),
+from the answers of the tied network, averaged over turned copies of the image. Here that gains nothing for its time.
 """
 
 import math

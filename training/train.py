@@ -1,7 +1,7 @@
 """Fit the perceptron: seeded, in one graph, with the data in memory.
 
-With receptive fields there are two phases: first their weights learn in unison, from the labels; then each on its own,
-from the answers of the network that came out of the first.
+Receptive fields learn in unison, from the labels, and end as dense layers. With free epochs there is a second phase:
+each weight then learns on its own, from the answers of the network that came out of the first.
 """
 
 import csv
