@@ -36,7 +36,7 @@ def main(kind: str, port: str) -> None:
     if kind == "grpc-threads":
 
         class Threads(digits_pb2_grpc.DigitsServicer):
-            def Classify(self, request, context):  # noqa: ARG002, N802 - gRPC's names
+            def Classify(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802 - gRPC's names
                 return answer
 
         server = grpc.server(ThreadPoolExecutor(16))
@@ -47,7 +47,7 @@ def main(kind: str, port: str) -> None:
         return
 
     class Aio(digits_pb2_grpc.DigitsServicer):
-        async def Classify(self, request, context):  # noqa: ARG002, N802 - gRPC's names
+        async def Classify(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802 - gRPC's names
             return answer
 
     async def serve() -> None:

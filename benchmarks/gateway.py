@@ -260,7 +260,7 @@ def predict_request(pixels: bytes, count: int = 1) -> bytes:
     request.model_spec.name = MODEL_NAME
     request.model_spec.signature_name = SIGNATURE
     tensor = request.inputs["images"]
-    tensor.dtype = 4  # DT_UINT8
+    tensor.dtype = upstream_pb2.DT_UINT8
     for size in (count, 28, 28):
         tensor.tensor_shape.dim.add(size=size)
     tensor.tensor_content = pixels

@@ -189,8 +189,8 @@ class Grpc(Sender):
         from serving.transport.http2 import header
 
         super().__init__(results, host, port, self.CONNECTIONS)
-        fields = ((":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "bench"))
-        fields += (("te", "trailers"), ("content-type", "application/grpc"))
+        fields = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "bench")]
+        fields += [("te", "trailers"), ("content-type", "application/grpc")]
         block = b"".join([header(name.encode(), value.encode()) for name, value in fields])
         body = b"\0" + len(message).to_bytes(4) + message
         self.call = struct.Struct(f">BHBBI{len(block)}sBHBBI{len(body)}s")

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -56,7 +55,7 @@ def run(seconds: float, repeats: int) -> None:
 def read_splits(params: Params) -> tuple[Split, Split]:
     """Training and validation images, split as the stage `prepare` does."""
     raw = read_raw_split(ROOT / "data", "train")
-    kept, out = split_stratified(raw.labels, params.prepare.validation_images, params.seed)
+    kept, out = split_stratified(raw.labels, params.prepare.validation_images, params.data.classes, params.seed)
     return Split(raw.images[kept], raw.labels[kept]), Split(raw.images[out], raw.labels[out])
 
 
@@ -65,7 +64,7 @@ def climb(params: Params, learn: Split, held_out: Split, quiet: Console, seed: i
     from training.train import fit
 
     setting = params.train.model_copy(update={"epochs": OUR_EPOCHS, "outlier_share": 0.0})
-    short = params.model_copy(update={"seed": seed, "train": setting, "augment": no_augmentation(params)})
+    short = params.model_copy(update={"seed": seed, "train": setting, "augment": params.augment.turned_off()})
     _, history = fit(learn, held_out, short, quiet)
     return climb_of([(epoch.seconds, epoch.validation_accuracy) for epoch in history])
 
@@ -128,7 +127,7 @@ def climbs_table(climbs: dict[str, list[Climb]]) -> Table:
 
 def epochs_table(params: Params, learn: Split, held_out: Split, quiet: Console, repeats: int) -> Table:
     """Seconds of an epoch as params.yaml has it: plain, augmented, and augmented with ten times the images."""
-    plain = params.model_copy(update={"augment": no_augmentation(params)})
+    plain = params.model_copy(update={"augment": params.augment.turned_off()})
     cases: list[tuple[str, Params, int]] = [
         ("not augmented", plain, 1),
         *(("augmented", params, copies) for copies in COPIES),
@@ -160,9 +159,3 @@ def epoch_seconds(params: Params, learn: Split, copies: int, held_out: Split, qu
     once = params.model_copy(update={"train": params.train.model_copy(update={"epochs": 1})})
     _, history = fit(many, held_out, once, quiet)
     return history[0].seconds
-
-
-def no_augmentation(params: Params) -> Any:
-    """The section `augment` with every strength at 0."""
-    off = dict.fromkeys(("rotation_rad", "scale", "shear", "shift_px", "elastic_px"), 0.0)
-    return params.augment.model_copy(update=off)

@@ -272,6 +272,10 @@ class AugmentParams(_Section):
         """True when images are to stay as they are."""
         return not any((self.rotation_rad, self.scale, self.shear, self.shift_px, self.elastic_px, self.pen))
 
+    def turned_off(self) -> Self:
+        """The same with every strength at 0."""
+        return self.model_copy(update={name: 0.0 for name in type(self).model_fields if name != "elastic_sigma_px"})
+
 
 class TwinParams(_Section):
     """The candidate's twin, fitted without augmentation."""

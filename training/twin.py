@@ -8,7 +8,7 @@ import time
 from rich.console import Console
 
 from training.model import model_sha256
-from training.params import AugmentParams, Params
+from training.params import Params
 from training.train import fit
 from training.workspace import Workspace, load_split, whole_file, write_json
 
@@ -47,10 +47,9 @@ def twin(workspace: Workspace, params: Params, console: Console) -> None:
 
 def plain(params: Params) -> Params:
     """The parameters without augmentation, and as many epochs as ``twin.epochs`` says."""
-    off = {name: 0.0 for name in AugmentParams.model_fields if name != "elastic_sigma_px"}
     return params.model_copy(
         update={
             "train": params.train.model_copy(update={"epochs": params.twin.epochs, "free_epochs": 0}),
-            "augment": params.augment.model_copy(update=off),
+            "augment": params.augment.turned_off(),
         }
     )

@@ -249,7 +249,8 @@ def end(child: subprocess.Popen) -> None:
     child.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(15)
-    for one in [*family, child]:
+    whole: list[psutil.Process | subprocess.Popen] = [*family, child]
+    for one in whole:
         with contextlib.suppress(psutil.NoSuchProcess):  # both know their process by more than its number
             one.kill()
     child.wait(5)
