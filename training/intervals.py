@@ -8,7 +8,7 @@ _Z = 1.959964
 def wilson_interval(right: float, count: float) -> tuple[float, float]:
     """The score interval of a share of ``count`` independent yes-or-no answers (Wilson 1927).
 
-    It stays within 0..1 even when all are right.
+    It stays within 0..1 even when all are right, and the share itself is always inside.
     """
     if count == 0:
         return 0.0, 1.0
@@ -16,7 +16,9 @@ def wilson_interval(right: float, count: float) -> tuple[float, float]:
     centre = share + _Z * _Z / (2 * count)
     spread = _Z * np.sqrt(share * (1 - share) / count + _Z * _Z / (4 * count * count))
     scale = 1 + _Z * _Z / count
-    return max(0.0, float((centre - spread) / scale)), min(1.0, float((centre + spread) / scale))
+    # Where all or none are right a bound is the share itself, and may come out of the rounding on its other side.
+    low, high = float((centre - spread) / scale), float((centre + spread) / scale)
+    return min(share, max(0.0, low)), max(share, min(1.0, high))
 
 
 def mean_interval(values: np.ndarray, least: float = 0.0, greatest: float = 1.0) -> tuple[float, float]:

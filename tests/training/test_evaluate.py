@@ -75,6 +75,16 @@ def test_the_wilson_interval_agrees_with_its_tables(right: int, count: int, low:
     assert wilson_interval(right, count) == pytest.approx((low, high), abs=5e-5)
 
 
+@pytest.mark.parametrize("share", [0, 1])
+def test_the_wilson_interval_holds_the_share_where_all_or_none_are_right(share: int) -> None:
+    """For any count, in spite of rounding: plots draw the distance to either end."""
+    from training.intervals import wilson_interval
+
+    for count in range(1, 5_000):
+        low, high = wilson_interval(share * count, count)
+        assert 0.0 <= low <= share <= high <= 1.0
+
+
 def test_the_confusion_matrix_has_true_digits_in_rows() -> None:
     from training.evaluate import confusion_matrix
 
