@@ -180,7 +180,7 @@ class ReceptiveField(_Section):
     features: int = Field(ge=1, le=1024)
     """Units at each place."""
     padding: Literal["valid", "same"] = "valid"
-    """same: fields reach over the edge, and see paper there, so that there are as many places as ``stride`` allows."""
+    """same: fields reach over the edge, and see zeros there, so that there are as many places as ``stride`` allows."""
 
     def places(self, side: int) -> int:
         """How many there are along a side of ``side`` units."""
