@@ -1,5 +1,7 @@
 """Deformed copies of digits, drawn inside the training graph: one affine map, one elastic field and one pen an image.
 
+To some of them comes a neighbour: the edge of another digit, as where digits are cut out of a number.
+
 After Simard, Steinkraus and Platt, "Best practices for convolutional neural networks applied to visual document
 analysis" (ICDAR 2003). The elastic field is a sum of Gaussian bumps on a coarse grid, which has the same statistics as
 blurred per-pixel noise but needs a tenth of the random numbers.
@@ -15,6 +17,8 @@ from digits.contract import IMAGE_BYTES, IMAGE_HEIGHT, IMAGE_WIDTH
 from training.params import AugmentParams
 
 _NODE_STEP_PX = 4.0
+_NEIGHBOUR_PX = 16, 20
+"""From an image's middle to its neighbour's, at least and at most: about as close as written digits stand."""
 
 
 def build_augment(params: AugmentParams) -> Callable[..., Any]:
@@ -64,6 +68,37 @@ def build_augment(params: AugmentParams) -> Callable[..., Any]:
         return deformed
 
     return augment
+
+
+def add_neighbours(images: Any, others_u8: Any, share: float, seed: Any, first: int = 0, of: int | None = None) -> Any:
+    """Let the edge of another image come into some images, from the left, the right, above or below.
+
+    Args:
+        images: float32 (N, 28, 28).
+        others_u8: a neighbour for each, uint8 (N, 28, 28).
+        share: of the images that get it, 0 to 1, by chance.
+        seed: int32 (2,); the same seed chooses the same images, sides and distances.
+        first: with ``of``: N images are treated as those from ``first`` on of a batch of ``of`` would be.
+        of: how many images the batch has; None for N.
+
+    Returns:
+        float32 (N, 28, 28): of image and neighbour the darker, at each pixel.
+    """
+    count = tf.shape(images)[0]
+    draw = tf.random.stateless_uniform((4, count if of is None else of), seed)[:, first : first + count]
+    nearest, furthest = _NEIGHBOUR_PX
+    away = nearest + tf.cast(draw[0] * (furthest - nearest + 1), tf.int32)
+    away *= tf.where(draw[1] < 0.5, -1, 1)
+    upright = draw[2] < 0.5
+    down, right = tf.where(upright, away, 0)[:, None], tf.where(upright, 0, away)[:, None]
+
+    rows, columns = np.mgrid[0:IMAGE_HEIGHT, 0:IMAGE_WIDTH].reshape(2, 1, -1).astype(np.int32)
+    row, column = rows - down, columns - right  # (N, 784)
+    inside = (row >= 0) & (row < IMAGE_HEIGHT) & (column >= 0) & (column < IMAGE_WIDTH)
+    inside &= (draw[3] < share)[:, None]
+    flat = tf.pad(tf.reshape(others_u8, (count, IMAGE_BYTES)), ((0, 0), (0, 1)))  # the place after the last is paper
+    edges = tf.gather(flat, tf.where(inside, row * IMAGE_WIDTH + column, IMAGE_BYTES), batch_dims=1)
+    return tf.maximum(images, tf.cast(tf.reshape(edges, tf.shape(images)), tf.float32))
 
 
 def _thicken(images: Any, share: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from digits.errors import DigitsError
-from training.augment import build_augment
+from training.augment import add_neighbours, build_augment
 from training.model import build_optimiser, build_schedule
 from training.outliers import draw_outliers
 from training.params import Params, TrainParams
@@ -71,6 +71,7 @@ class Loop:
             drawn = math.ceil(_OUTLIERS_DRAWN * len(learn.labels))
             self._outliers = tf.constant(draw_outliers(learn, drawn, params.seed))
         self._augment = build_augment(params.augment)
+        self._neighbour_share = params.augment.neighbour_share
         self._seed = params.seed
         self._class_count = len(params.data.classes)
         with workers.strategy.scope():
@@ -111,6 +112,8 @@ class Loop:
         mine, seed = indices[self._share], tf.stack([self._seed, self._drawn_before + step])
         images = self._augment(tf.gather(self._images, mine), seed, self._share.start, self._setting.batch_size)
         labels = tf.gather(self._labels, mine)
+        if self._neighbour_share:
+            images = self._beside_others(images, tf.random.experimental.stateless_fold_in(seed, 3))
         if self._outlier_count:
             share, seeds = self._outlier_share, tf.random.experimental.stateless_split(seed, 2)
             places = tf.random.stateless_uniform((self._outlier_count,), seeds[0], 0, len(self._outliers), tf.int32)
@@ -118,6 +121,13 @@ class Loop:
             images = tf.concat([images, self._augment(outliers, seeds[1], share.start, self._outlier_count)], axis=0)
             labels = tf.concat([labels, tf.fill((share.stop - share.start,), _NO_CLASS)], axis=0)
         return images, labels
+
+    def _beside_others(self, images: Any, seed: Any) -> Any:
+        """Some of this worker's images with the edge of any other training image in them."""
+        seeds, batch_size = tf.random.experimental.stateless_split(seed, 2), self._setting.batch_size
+        places = tf.random.stateless_uniform((batch_size,), seeds[0], 0, len(self._images), tf.int32)
+        others = tf.gather(self._images, places[self._share])
+        return add_neighbours(images, others, self._neighbour_share, seeds[1], self._share.start, batch_size)
 
     def _build_steps(self, batches: Any, first_step: Any) -> tuple[Any, Any]:
         count = tf.shape(batches)[0]

@@ -15,6 +15,8 @@ from training.workspace import BadArtifact
 
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 _PREDICT_BATCH = 1000
+_BLOCK_PX = 4
+"""Side of the blocks of pixels along an image's edge of which some are paper."""
 
 
 def resolve_precision(precision: str) -> str:
@@ -41,7 +43,7 @@ def build_model(params: ModelParams, class_count: int, precision: str) -> keras.
     images = keras.Input((IMAGE_HEIGHT, IMAGE_WIDTH), dtype="float32", name="images")
     x = keras.layers.Rescaling(1 / 255, dtype="float32", name="scale")(images)
     if params.least_contrast < 1:
-        x = Stretch(params.least_contrast, dtype="float32", name="stretch")(x)
+        x = Stretch(params.least_contrast, params.paper_share, dtype="float32", name="stretch")(x)
     # A normalisation has its own offset: the layer before it needs none.
     setting: dict[str, Any] = {
         "use_bias": params.normalisation == "none",
@@ -80,14 +82,32 @@ def _activate(x: Any, params: ModelParams, policy: keras.dtype_policies.DTypePol
     return x
 
 
-def stretch(images: Any, least: float) -> Any:
-    """Images (N, H, W) of 0..1 with the lightest pixel of each at 0 and its darkest at 1.
+def stretch(images: Any, least: float, paper_share: float = 0.0) -> Any:
+    """Images (N, 28, 28) of 0..1 with the paper of each at 0 and its darkest pixel at 1.
 
     Less than ``least`` between the two is not stretched further than that much would be: a blank sheet stays blank.
+    Paper is as light as the lightest pixel; or, with a ``paper_share``, as the mean of the darkest block among that
+    share, the lightest, of the blocks along the edge. That is neither one odd pixel nor a neighbour's ink at one side.
     """
-    lightest = tf.reduce_min(images, axis=(1, 2), keepdims=True)
+    if paper_share:
+        blocks = tf.matmul(tf.reshape(images, (-1, IMAGE_HEIGHT * IMAGE_WIDTH)), _edge_blocks())
+        lightest, _ = tf.nn.top_k(-blocks, max(1, round(paper_share * blocks.shape[1])))
+        paper = -lightest[:, -1:, None]
+        images = tf.maximum(images, paper)
+    else:
+        paper = tf.reduce_min(images, axis=(1, 2), keepdims=True)
     darkest = tf.reduce_max(images, axis=(1, 2), keepdims=True)
-    return (images - lightest) / tf.maximum(darkest - lightest, least)
+    return (images - paper) / tf.maximum(darkest - paper, least)
+
+
+def _edge_blocks() -> np.ndarray:
+    """What takes an image, flat, to the mean of each block along its edge: float32 (784, 24)."""
+    high, wide = IMAGE_HEIGHT // _BLOCK_PX, IMAGE_WIDTH // _BLOCK_PX
+    number = np.arange(high * wide).reshape(high, wide)
+    inner = number[1:-1, 1:-1].ravel()
+    of_pixel = np.kron(number, np.ones((_BLOCK_PX, _BLOCK_PX), int)).ravel()
+    edge = np.setdiff1d(number, inner)
+    return (of_pixel[:, None] == edge).astype(np.float32) / _BLOCK_PX**2
 
 
 def turned_copies(images: Any, angle_deg: float) -> Any:
@@ -134,17 +154,18 @@ def _turns(height: int, width: int, angle_deg: float) -> tuple[np.ndarray, np.nd
 class Stretch(keras.layers.Layer):
     """``stretch`` as a layer."""
 
-    def __init__(self, least: float, **options: Any) -> None:
+    def __init__(self, least: float, paper_share: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
         self.least = least
+        self.paper_share = paper_share
 
     def call(self, images: Any) -> Any:
         """Images (N, 28, 28) in and out."""
-        return stretch(images, self.least)
+        return stretch(images, self.least, self.paper_share)
 
     def get_config(self) -> dict[str, Any]:
         """What `model.keras` keeps."""
-        return {**super().get_config(), "least": self.least}
+        return {**super().get_config(), "least": self.least, "paper_share": self.paper_share}
 
 
 @keras.saving.register_keras_serializable("digits")

@@ -196,6 +196,9 @@ class ModelParams(_Section):
     least_contrast: float = Field(gt=0.0, le=1.0)
     """An image's lightest pixel is taken for paper and its darkest for full ink, unless they differ by less than this
     share of full ink; 1 = off."""
+    paper_share: Rate
+    """Above 0 paper is as light as the darkest among this share, the lightest, of the 24 blocks of 4 x 4 pixels along
+    the edge, in place of the lightest pixel."""
     receptive_fields: tuple[ReceptiveField, ...]
     """Hidden layers before those of ``hidden_widths`` that begin as training/receptive_fields.py says; usually none."""
     averaged_turn_deg: float = Field(ge=0.0, le=45.0)
@@ -207,7 +210,7 @@ class ModelParams(_Section):
     l2: float = Field(ge=0.0)
 
     @model_validator(mode="after")
-    def _fields_fit_into_the_layer_before(self) -> Self:
+    def _parts_fit_together(self) -> Self:
         side = IMAGE_HEIGHT
         for field in self.receptive_fields:
             if field.size > side:
@@ -216,6 +219,8 @@ class ModelParams(_Section):
             if side * side * field.features > _MOST_UNITS:
                 units = f"{side} x {side} places x {field.features} features"
                 raise _contradiction("receptive_fields", units, f"at most {_MOST_UNITS} units in a layer")
+        if self.paper_share and self.least_contrast == 1:
+            raise _contradiction("paper_share", f"{self.paper_share}", "0 with a least_contrast of 1, which is off")
         if self.receptive_fields and self.normalisation == "layer":
             raise _contradiction("normalisation", "layer", "batch or none with receptive_fields")
         return self
@@ -266,11 +271,13 @@ class AugmentParams(_Section):
     elastic_sigma_px: float = Field(ge=2.0, le=20.0)
     pen: Rate
     """Up to which share pixels get as dark as the darkest beside them (a thicker pen) or as light as the lightest."""
+    neighbour_share: Rate
+    """Of images into which the edge of another one comes."""
 
     @property
     def is_off(self) -> bool:
         """True when images are to stay as they are."""
-        return not any((self.rotation_rad, self.scale, self.shear, self.shift_px, self.elastic_px, self.pen))
+        return self == self.turned_off()
 
     def turned_off(self) -> Self:
         """The same with every strength at 0."""

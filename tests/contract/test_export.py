@@ -30,7 +30,7 @@ def make_model(**changes: Any) -> Any:
     from training.model import build_model
 
     settings = {"hidden_widths": (32, 16), "activation": "relu", "normalisation": "batch", "dropout": 0.1, "l2": 0.0}
-    settings |= {"receptive_fields": (), "averaged_turn_deg": 0.0, "least_contrast": 0.2}
+    settings |= {"receptive_fields": (), "averaged_turn_deg": 0.0, "least_contrast": 0.2, "paper_share": 0.0}
     keras.utils.set_random_seed(5)
     model = build_model(ModelParams(**{**settings, **changes}), len(contract.DIGITS), "float32")
     rng = np.random.default_rng(4)
@@ -125,12 +125,13 @@ def test_an_answer_averaged_over_turns_is_the_mean_of_the_answers_to_each() -> N
     np.testing.assert_allclose(served, shares, rtol=1e-3, atol=1e-5)
 
 
-def test_grey_paper_and_faint_ink_are_no_other_image() -> None:
+@pytest.mark.parametrize("paper_share", [0.0, 0.67])
+def test_grey_paper_and_faint_ink_are_no_other_image(paper_share: float) -> None:
     """Brighter, or of half the contrast: the same answer from Keras and what is exported; a blank sheet is blank."""
     from training.export import ServedPerceptron
     from training.model import build_predict
 
-    model = make_model()
+    model = make_model(paper_share=paper_share)
     answer = build_predict(model)
     served = ServedPerceptron(model, contract.DIGITS)
     images = IMAGES // 2 * 2
@@ -142,6 +143,21 @@ def test_grey_paper_and_faint_ink_are_no_other_image() -> None:
     np.testing.assert_allclose(answer(grey), answer(np.zeros_like(grey)), rtol=1e-4)
     as_it_is = build_predict(make_model(least_contrast=1.0))
     assert np.abs(as_it_is(images // 2) - as_it_is(images)).max() > 0.01
+
+
+def test_paper_may_be_told_from_the_edge_whatever_one_pixel_or_one_side_says() -> None:
+    """A pixel lighter than the paper, and ink all along one side: with a ``paper_share`` the rest stays as it was."""
+    from training.model import stretch
+
+    grey = np.pad(IMAGES[:, 4:24, 4:24], ((0, 0), (4, 4), (4, 4))).astype(np.float32) / 510 + 0.3
+    expected = np.asarray(stretch(grey, 0.2, 0.67))
+    np.testing.assert_allclose(expected, stretch(grey, 0.2), atol=1e-6)
+    odd, beside = grey.copy(), grey.copy()
+    odd[:, 0, 0] = 0.0
+    beside[:, :, :4] = grey.max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(stretch(odd, 0.2, 0.67), expected, atol=0.02)
+    np.testing.assert_allclose(np.asarray(stretch(beside, 0.2, 0.67))[:, :, 4:], expected[:, :, 4:], atol=1e-5)
+    assert np.abs(np.asarray(stretch(odd, 0.2)) - expected).max() > 0.2
 
 
 def test_batch_norm_is_folded_away(model: Any) -> None:

@@ -93,3 +93,51 @@ def test_a_pen_draws_strokes_thicker_or_thinner_and_no_two_alike(real: dict[str,
     assert 0.4 < ink.min() < 0.8
     assert abs(np.mean(ink > 1) - 0.5) < 0.15
     assert len(np.unique(ink.round(3))) > 100
+
+
+def beside(images: np.ndarray, others: np.ndarray, share: float, seed: int = 1, **part: int) -> np.ndarray:
+    import tensorflow as tf
+
+    from training.augment import add_neighbours
+
+    added: Any = add_neighbours(
+        tf.constant(images, tf.float32), tf.constant(others), share, tf.constant([seed, 2]), **part
+    )
+    return added.numpy()
+
+
+def test_a_neighbour_comes_in_from_any_side_and_not_too_far(real: dict[str, Split]) -> None:
+    """Each image is itself with a neighbour over it that stands 16 to 20 pixels away, or alone; its middle stays."""
+    images, others = real["train"].images[:200], real["train"].images[200:400]
+    added = beside(images, others, 0.5)
+    sides: set[tuple[int, int]] = set()
+    alone = 0
+    for image, other, seen in zip(images, others, added, strict=True):
+        found = {(0, 0)} if np.array_equal(seen, image) else set()
+        for away in range(16, 21):
+            for side in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+                moved = np.zeros((84, 84), np.uint8)
+                top, left = 28 + away * side[0], 28 + away * side[1]
+                moved[top : top + 28, left : left + 28] = other
+                if np.array_equal(seen, np.maximum(image, moved[28:56, 28:56])):
+                    found.add(side)
+        assert found
+        alone += (0, 0) in found
+        sides |= found
+    assert len(sides) == 5
+    assert 60 < alone < 160  # half of them, and those whose neighbour has no ink at that edge
+    assert np.array_equal(added[:, 12:16, 12:16], images[:, 12:16, 12:16])
+
+
+def test_the_share_of_images_with_a_neighbour_is_as_asked() -> None:
+    paper, ink = np.zeros((2000, 28, 28), np.uint8), np.full((2000, 28, 28), 255, np.uint8)
+    for share in (0.0, 0.16, 1.0):
+        with_ink = beside(paper, ink, share).any(axis=(1, 2)).mean()
+        assert abs(with_ink - share) < 0.03
+
+
+def test_neighbours_of_a_part_of_a_batch_are_those_of_the_whole(real: dict[str, Split]) -> None:
+    images, others = real["train"].images[:30], real["train"].images[30:60]
+    whole, part = beside(images, others, 0.5), beside(images[10:20], others[10:20], 0.5, first=10, of=30)
+    assert np.array_equal(part, whole[10:20])
+    assert not np.array_equal(whole, beside(images, others, 0.5, seed=3))

@@ -48,6 +48,10 @@ def test_a_profile_replaces_only_the_values_it_names(tmp_path: Path) -> None:
         ({"data.classes": ["a", "b", "a"]}, ["data.classes is 'a' twice", "different names"]),
         ({"data.classes": ["a", "../b"]}, ["data.classes.1 is '../b'", "pattern"]),
         ({"data.classes": list(range(257))}, ["data.classes is 257 names", "at most 256 where format is idx"]),
+        (
+            {"model.least_contrast": 1.0, "model.paper_share": 0.5},
+            ["model.paper_share is 0.5", "0 with a least_contrast of 1"],
+        ),
         ({"train.free_epochs": 2}, ["train.free_epochs is 2", "0 without model.receptive_fields"]),
         (
             {"model.receptive_fields": [{"size": 29, "stride": 2, "features": 4}]},

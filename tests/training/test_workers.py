@@ -32,7 +32,9 @@ def start_worker(root: Path, addresses: list[str], index: int) -> subprocess.Pop
 def prepared(folder: Path, real: dict[str, Split]) -> tuple[Workspace, Params]:
     from training.prepare import prepare
 
-    workspace, params = make_workspace(folder, real, **{"train.precision": "float32", "train.batch_size": 60})
+    workspace, params = make_workspace(
+        folder, real, **{"train.precision": "float32", "train.batch_size": 60, "augment.neighbour_share": 0.5}
+    )
     (workspace.stage_dir("validate") / "report.json").write_text('{"valid": true}')
     prepare(workspace, params, Console(quiet=True))
     return workspace, params
