@@ -169,7 +169,9 @@ class ServedPerceptron(tf.Module):
         # Tracked by name, so that the variables are in the SavedModel.
         self.weights = [a for layer in self._layers for a in layer if isinstance(a, tf.Variable)]
         self._scale = float(model.get_layer("scale").scale)
-        self._stretch = next((layer for layer in model.layers if isinstance(layer, Stretch)), None)
+        # The numbers alone: a Keras layer held here would be saved with it.
+        stretches = ((layer.least, layer.paper_share) for layer in model.layers if isinstance(layer, Stretch))
+        self._least_contrast, self._paper_share = next(stretches, (1.0, 0.0))
         # Answers are the mean over the image as it is and turned by this angle both ways.
         self._turn_deg = next((layer.angle_deg for layer in model.layers if isinstance(layer, TurnedCopies)), 0.0)
         self._abstain_below = float(model.get_layer("calibration").abstain_below)
@@ -191,8 +193,8 @@ class ServedPerceptron(tf.Module):
     def classify(self, images: Any) -> dict[str, Any]:
         """Classify images uint8 (N, 28, 28)."""
         x = tf.cast(images, tf.float32) * self._scale
-        if self._stretch:
-            x = stretch(x, self._stretch.least, self._stretch.paper_share)
+        if self._least_contrast < 1:
+            x = stretch(x, self._least_contrast, self._paper_share)
         if self._turn_deg:
             x = turned_copies(x, self._turn_deg)
         x = tf.reshape(x, (-1, contract.IMAGE_BYTES))  # (N, 784), or more with copies

@@ -86,8 +86,9 @@ def stretch(images: Any, least: float, paper_share: float = 0.0) -> Any:
     """Images (N, 28, 28) of 0..1 with the paper of each at 0 and its darkest pixel at 1.
 
     Less than ``least`` between the two is not stretched further than that much would be: a blank sheet stays blank.
-    Paper is as light as the lightest pixel; or, with a ``paper_share``, as the mean of the darkest block among that
-    share, the lightest, of the blocks along the edge. That is neither one odd pixel nor a neighbour's ink at one side.
+    Paper is as light as the lightest pixel. With a ``paper_share`` that share of the blocks along the edge, the
+    lightest ones, are paper, and the mean of the darkest of these is its level: neither one odd pixel nor a neighbour's
+    ink along one side decides it.
     """
     if paper_share:
         blocks = tf.matmul(tf.reshape(images, (-1, IMAGE_HEIGHT * IMAGE_WIDTH)), _edge_blocks())

@@ -197,8 +197,8 @@ class ModelParams(_Section):
     """An image's lightest pixel is taken for paper and its darkest for full ink, unless they differ by less than this
     share of full ink; 1 = off."""
     paper_share: Rate
-    """Above 0 paper is as light as the darkest among this share, the lightest, of the 24 blocks of 4 x 4 pixels along
-    the edge, in place of the lightest pixel."""
+    """Above 0 this share of the 24 blocks of 4 x 4 pixels along the edge, the lightest ones, are paper, and the darkest
+    of these says how light paper is, in place of the lightest pixel."""
     receptive_fields: tuple[ReceptiveField, ...]
     """Hidden layers before those of ``hidden_widths`` that begin as training/receptive_fields.py says; usually none."""
     averaged_turn_deg: float = Field(ge=0.0, le=45.0)
