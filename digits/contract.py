@@ -33,7 +33,8 @@ INPUT_IMAGE_BYTES: Final = "image_bytes"
 
 CLASSES_SIGNATURE: Final = "classes"
 """Input ``digit`` int64 [N], each 0 to C - 1 -> outputs ``name`` string [N]: what these classes are called, and
-``abstain_below`` float32 [N]: the probability below which such an answer is better not used."""
+``abstain_below`` float32 [N]: the certainty below which such an answer is better not used. Certainty is
+``p1 / (p1 + p2 + 0.2 (1 - p1 - p2))`` of the answer's probability and the next class's, and never below ``p1``."""
 
 OUTPUT_NAME: Final = "name"
 OUTPUT_ABSTAIN_BELOW: Final = "abstain_below"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from training.calibrate import selective_curve
+from training.calibrate import certainty, selective_curve
 from training.intervals import wilson_interval
 from training.looks import CANDIDATE, record_look, record_result
 from training.model import build_predict, load_model, model_sha256
@@ -202,21 +202,24 @@ def calibrated_ece(probabilities: np.ndarray, bin_count: int) -> tuple[float, fl
 
 
 def measure_abstention(probabilities: np.ndarray, labels: np.ndarray, abstain_below: float) -> dict[str, float]:
-    """What a caller gets who does without answers less sure than ``abstain_below``.
+    """What a caller gets who does without answers whose certainty is below ``abstain_below``.
 
     Returns:
         abstain_below; coverage, the share of answers that remain; selective_accuracy, the share of those that is right
-        (1 when none remains), with its 95 % Wilson interval.
+        (1 when none remains), with its 95 % Wilson interval; surest99_accuracy, the share of the surest 99 % that is
+        right, whatever the threshold.
     """
-    given = probabilities.max(axis=1) >= abstain_below
+    given = certainty(probabilities) >= abstain_below
     right = int((probabilities.argmax(axis=1) == labels)[given].sum())
     low, high = wilson_interval(right, int(given.sum()))
+    coverage, accuracy = selective_curve(probabilities, labels)
     return {
         "abstain_below": abstain_below,
         "coverage": float(given.mean()),
         "selective_accuracy": right / int(given.sum()) if given.any() else 1.0,
         "selective_accuracy_low": low,
         "selective_accuracy_high": high,
+        "surest99_accuracy": float(accuracy[np.searchsorted(coverage, 0.99)]),
     }
 
 

@@ -125,7 +125,7 @@ def always(digit: int, confidence: float) -> Callable[[np.ndarray], np.ndarray]:
 def test_figures_of_networks_that_always_say_the_same(images: np.ndarray) -> None:
     """Three of four images are ones: the candidate says 1, its twin 2, both whatever they see, 60 % sure."""
     split = Split(images[:20], np.tile([1, 1, 1, 2], 5))
-    found = measure_robustness(always(1, 0.6), always(2, 0.6), split, 0.7, 16, QUIET)
+    found = measure_robustness(always(1, 0.6), always(2, 0.6), split, 0.9, 16, QUIET)
     assert found.figures == {
         "robustness_images": 20,
         "corruption_accuracy": 0.75,
@@ -143,5 +143,5 @@ def test_figures_of_networks_that_always_say_the_same(images: np.ndarray) -> Non
     assert [row["variant"] for row in found.variants[:2]] == ["1 px up and left", "1 px up"]
     assert len(found.variants) == 18
     assert all(row["same_answer"] == 1.0 for row in found.variants)
-    sure = measure_robustness(always(1, 0.8), always(2, 0.8), split, 0.7, 16, QUIET)
+    sure = measure_robustness(always(1, 0.8), always(2, 0.8), split, 0.9, 16, QUIET)
     assert sure.figures["nondigit_abstention"] == 0.0

@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from training.calibrate import certainty
 from training.intervals import mean_interval, wilson_interval
 from training.robustness.corruptions import CORRUPTIONS, STRENGTHS, corrupt_at_will
 from training.robustness.nondigits import draw_nondigits
@@ -52,7 +53,7 @@ def measure_robustness(
         answer: the candidate.
         answer_twin: its twin.
         split: the images to damage and move, and their classes.
-        abstain_below: the confidence below which the candidate's answers do not count.
+        abstain_below: the certainty below which the candidate's answers do not count.
         nondigit_images: of each kind, at least.
         console: for the progress bar.
     """
@@ -122,8 +123,7 @@ def _measure_nondigits(
     rows, shown = [], {}
     for kind, images in draw_nondigits(count, _SEED).items():
         probabilities = answer(images)
-        confidence = probabilities.max(axis=1)
-        abstained = int((confidence < abstain_below).sum())
+        abstained = int((certainty(probabilities) < abstain_below).sum())
         low, high = wilson_interval(abstained, len(images))
         rows.append(
             {
@@ -133,7 +133,7 @@ def _measure_nondigits(
                 "share": abstained / len(images),
                 "share_low": low,
                 "share_high": high,
-                "median_confidence": float(np.median(confidence)),
+                "median_confidence": float(np.median(probabilities.max(axis=1))),
             }
         )
         # Letters come in turn: the first are one of each.

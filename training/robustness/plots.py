@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
+from training.calibrate import certainty
 from training.figures import BLUE, GREY, ORANGE, STYLE, new_figure, save_figure
 from training.plots import frame_images, show_images
 from training.robustness.corruptions import CORRUPTIONS, STRENGTHS, corrupt_at_will
@@ -68,13 +69,14 @@ def draw_nondigits(path: Path, robustness: Robustness, names: Sequence[str]) -> 
         part.suptitle(kind, size=10, x=0.01, ha="left")
         axis = part.subplots()
         corners = show_images(axis, images, per_row, gap_px=(6, 5))
-        passed = probabilities.max(axis=1) >= abstain_below
+        passed = certainty(probabilities) >= abstain_below
         frame_images(axis, corners, np.where(passed, ORANGE, "#e4e4e4").tolist(), np.where(passed, 1.6, 0.8).tolist())
         for (x, y), answer, counts in zip(corners, probabilities, passed, strict=True):
             text = f"{names[answer.argmax()] if counts else '–'}  {answer.max():.0%}"
             colour = ORANGE if counts else GREY
             axis.text(x + images.shape[2] / 2, y - 1, text, ha="center", va="bottom", size=8, color=colour)
-    figure.suptitle(f"No digits: orange where the answer counts (confidence {abstain_below:.3f} or more)", size=11)
+    title = f"No digits, what was read and how likely: orange where it counts (certainty {abstain_below:.3f} or more)"
+    figure.suptitle(title, size=11)
     save_figure(figure, path)
 
 
