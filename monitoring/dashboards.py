@@ -156,7 +156,7 @@ MODEL: Rows = {
               {"version {{model_version}}":
                f'sum by (model_version) (rate(digits_prediction_confidence_sum{{model_version=~"$version"}}{RATE})) / '
                f'sum by (model_version) (rate(digits_prediction_confidence_count{{model_version=~"$version"}}{RATE}))'}),
-        Panel("Abstentions", "Share of images read with little confidence (DIGITS_UNSURE_BELOW).", units.PercentUnit,
+        Panel("Abstentions", "Share of images answered with less certainty than the threshold.", units.PercentUnit,
               {"version {{model_version}}":
                f'sum by (model_version) (rate(digits_unsure_total{{model_version=~"$version"}}{RATE})) / '
                f'sum by (model_version) (rate(digits_predictions_total{{model_version=~"$version"}}{RATE}))'}, (0.05, 0.1)),

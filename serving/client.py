@@ -35,7 +35,8 @@ LONGEST_PAUSE_S: Final = 30.0
 class Reading(NamedTuple):
     """One digit that was read; ``probabilities`` are ten, for the digits 0 to 9.
 
-    For a model of other classes ``digit`` is the number of one, and ``label`` what it is called.
+    For a model of other classes ``digit`` is the number of one, and ``label`` what it is called. ``unsure`` says that
+    the answer had better not be used: the model is less certain of it than its threshold.
     """
 
     digit: int
@@ -44,6 +45,11 @@ class Reading(NamedTuple):
     model_version: str
     request_id: str
     label: str = ""
+    unsure: bool = False
+
+
+_OPTIONAL: Final = ("label", "unsure")
+"""Not in a gateway's JSON when there is nothing to say."""
 
 
 class GatewayError(DigitsError):
@@ -144,6 +150,7 @@ class RestClient(_Client):
                     model_version=found["model_version"],
                     request_id=found["request_id"],
                     label=found.get("label", ""),
+                    unsure=found.get("unsure", False),
                 )
             code, message = found["error"]["code"], found["error"]["message"]
         except (orjson.JSONDecodeError, KeyError, TypeError) as err:
@@ -204,6 +211,7 @@ class GrpcClient(_Client):
             found.model_version,
             found.request_id,
             found.label,
+            found.unsure,
         )
 
 
@@ -333,12 +341,13 @@ def _show(file: Path, found: Reading | DigitsError, *, as_json: bool) -> None:
         if isinstance(found, DigitsError):
             facts["error"] = {"code": found.code, "message": str(found)}
         else:
-            facts |= {name: value for name, value in found._asdict().items() if name != "label" or value}
+            facts |= {name: value for name, value in found._asdict().items() if name not in _OPTIONAL or value}
         print(orjson.dumps(facts).decode())  # noqa: T201 - a command line prints
     elif isinstance(found, DigitsError):
         print(f"{file}: {found}", file=sys.stderr)  # noqa: T201
     else:
-        print(f"{file}\t{found.label or found.digit}\t{found.confidence:.2%}\tmodel {found.model_version}")  # noqa: T201
+        doubt = "\tunsure" if found.unsure else ""
+        print(f"{file}\t{found.label or found.digit}\t{found.confidence:.2%}\tmodel {found.model_version}{doubt}")  # noqa: T201
 
 
 if __name__ == "__main__":

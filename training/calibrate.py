@@ -4,11 +4,9 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-_LEAST, _GREATEST = 0.05, 20.0
+from digits.certainty import certainty
 
-_WEIGHT_OF_OTHERS = 0.2
-"""Found on held-out images, docs/decisions/0039: with 1 certainty is the answer's probability, with 0 it is blind to
-what is spread over many classes, as for a letter."""
+_LEAST, _GREATEST = 0.05, 20.0
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -32,20 +30,6 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
     found = minimize_scalar(loss, bounds=(np.log(_LEAST), np.log(_GREATEST)), method="bounded")
     return float(np.exp(found.x))
-
-
-def certainty(probabilities: np.ndarray) -> np.ndarray:
-    """How clearly each answer stands before the others: float (N, C), C at least 2 -> float64 (N,), 0..1.
-
-    ``p1 / (p1 + p2 + 0.2 (1 - p1 - p2))`` of the likeliest class's probability and the next one's. A rival costs five
-    times what the same probability spread over other classes costs: where two digits compete the answer is often wrong,
-    where many have a little each it is only less sure. Never below the answer's probability, and equal to it where
-    there are two classes.
-    """
-    ordered = np.partition(probabilities.astype(np.float64), -2, axis=1)
-    second, best = ordered[:, -2], ordered[:, -1]
-    others = np.maximum(1.0 - best - second, 0.0)
-    return best / (best + second + _WEIGHT_OF_OTHERS * others)
 
 
 def abstention_threshold(probabilities: np.ndarray, share: float) -> float:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from training.calibrate import certainty, selective_curve
+from digits.certainty import certainty
+from training.calibrate import selective_curve
 from training.intervals import wilson_interval
 from training.looks import CANDIDATE, record_look, record_result
 from training.model import build_predict, load_model, model_sha256

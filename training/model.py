@@ -15,6 +15,7 @@ from training.workspace import BadArtifact
 
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 _PREDICT_BATCH = 1000
+_FEW_FEATURES = 16
 _BLOCK_PX = 4
 """Side of the blocks of pixels along an image's edge of which some are paper."""
 
@@ -57,7 +58,7 @@ def build_model(params: ModelParams, class_count: int, precision: str) -> keras.
         x = keras.layers.Reshape((IMAGE_HEIGHT, IMAGE_WIDTH, 1), dtype=policy, name="plane")(x)
     for i, field in enumerate(params.receptive_fields, start=1):
         shape = field.features, field.size, field.stride, field.padding
-        convolution = keras.layers.Conv2D(*shape, name=f"tied_{i}", **setting)
+        convolution = Field(*shape, name=f"tied_{i}", **setting)
         x = _activate(convolution(x), params, policy, i)
     x = keras.layers.Flatten(dtype=policy, name="flatten")(x)
     for i, width in enumerate(params.hidden_widths, start=len(params.receptive_fields) + 1):
@@ -167,6 +168,33 @@ class Stretch(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """What `model.keras` keeps."""
         return {**super().get_config(), "least": self.least, "paper_share": self.paper_share}
+
+
+@keras.saving.register_keras_serializable("digits")
+class Field(keras.layers.Conv2D):
+    """A convolution. Of a single plane into few features it is computed a whole row of places at a time.
+
+    The CPU's usual algorithm makes little of the 25 products that each place and feature of such a convolution needs:
+    an epoch of the quick profile would take a third longer. Written as one that runs down the image alone, with the
+    image's columns for channels, it multiplies six times as much, most of it by 0, in a third of the time.
+    """
+
+    def convolution_op(self, inputs: Any, kernel: Any) -> Any:
+        """What Keras calls: (N, H, W, C), (size, size, C, F) -> (N, H', W', F)."""
+        if inputs.shape[-1] > 1 or self.filters > _FEW_FEATURES or self.padding != "valid":
+            return super().convolution_op(inputs, kernel)
+        down = tf.nn.conv1d(inputs[..., 0], in_rows(kernel, inputs.shape[2], self.strides[1]), self.strides[0], "VALID")
+        return tf.reshape(down, (-1, down.shape[1], down.shape[2] // self.filters, self.filters))
+
+
+def in_rows(kernel: Any, width: int, stride: int) -> Any:
+    """A kernel (size, size, 1, F) as it meets whole rows of an image: (size, width, places in a row * F)."""
+    size, _, _, features = kernel.shape
+    places = (width - size) // stride + 1
+    # meets[tap, column, place]: whether this tap of the kernel lies on this column where the kernel is at this place.
+    meets = np.arange(width)[None, :, None] == np.arange(size)[:, None, None] + stride * np.arange(places)
+    spread = tf.einsum("ytf,tcp->ycpf", kernel[:, :, 0], tf.constant(meets, kernel.dtype))
+    return tf.reshape(spread, (size, width, places * features))
 
 
 @keras.saving.register_keras_serializable("digits")

@@ -43,7 +43,7 @@ class Gateway:
         """Another worker has taken over: balancers need not know that this one goes."""
         self.control: Control | None = None
         """The line to the supervisor, if this is one of several workers."""
-        self.metrics = Metrics(settings.unsure_below)
+        self.metrics = Metrics()
         self._words_since, self._words, self._wordless = 0.0, 0, 0
         self.guard = Guard.of(settings, self.metrics)
         self.upstream = Upstream(
@@ -64,6 +64,7 @@ class Gateway:
             max_queue=settings.max_queue_images,
             max_wait_s=settings.max_wait_s,
             max_burst_s=settings.max_burst_s,
+            unsure_below=settings.unsure_below,
         )
 
     def _say_availability(self, now: Availability) -> None:

@@ -132,4 +132,6 @@ def classify_body(answer: Answer, request_id: str) -> bytes:
     }
     if answer.label:
         body["label"] = answer.label
+    if answer.unsure:
+        body["unsure"] = True
     return orjson.dumps(body)

@@ -51,17 +51,13 @@ MAX_VERSIONS: Final = 32
 
 
 class Metrics:
-    """All metrics of one gateway, and the few calls that change them.
+    """All metrics of one gateway, and the few calls that change them."""
 
-    Args:
-        unsure_below: A digit read with a lower probability is counted as unsure.
-    """
-
-    def __init__(self, unsure_below: float = 0.5) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._requests = _Requests()
-        self._predictions = _Predictions(unsure_below)
+        self._predictions = _Predictions()
         self._inputs = _Inputs()
         for collector in (self._requests, self._predictions, self._inputs):
             self.registry.register(collector)
@@ -104,10 +100,15 @@ class Metrics:
         self._requests.add((protocol, route, code, self._bounded(model_version)), duration_s)
 
     def predictions(
-        self, digits: NDArray[np.int64], confidences: NDArray[np.float32], model_version: str, class_count: int
+        self,
+        digits: NDArray[np.int64],
+        confidences: NDArray[np.float32],
+        model_version: str,
+        class_count: int,
+        unsure: int = 0,
     ) -> None:
-        """The model has answered: digits int (N,), confidences float32 (N,), of so many classes."""
-        self._predictions.add(self._bounded(model_version), digits, confidences, class_count)
+        """The model has answered: digits int (N,), confidences float32 (N,), of so many classes, so many unsure."""
+        self._predictions.add(self._bounded(model_version), digits, confidences, class_count, unsure)
 
     def batch(self, images: int, oldest_wait_s: float) -> None:
         """A call with ``images`` images goes upstream; its oldest one has waited ``oldest_wait_s``."""
@@ -251,13 +252,19 @@ class _Predictions:
 
     BOUNDS: Final = np.array(CONFIDENCE_BUCKETS, np.float32)
 
-    def __init__(self, unsure_below: float) -> None:
-        self._unsure_below = unsure_below
+    def __init__(self) -> None:
         self._unsure: dict[str, int] = {}
         self._digits: dict[str, NDArray[Any]] = {}  # (C,) counts
         self._confidences: dict[str, tuple[NDArray[Any], list[float]]] = {}  # (buckets + 1,) counts, [sum]
 
-    def add(self, version: str, digits: NDArray[np.int64], confidences: NDArray[np.float32], class_count: int) -> None:
+    def add(
+        self,
+        version: str,
+        digits: NDArray[np.int64],
+        confidences: NDArray[np.float32],
+        class_count: int,
+        unsure: int,
+    ) -> None:
         if version not in self._digits:
             self._digits[version] = np.zeros(class_count, np.int64)
             self._confidences[version] = np.zeros(len(self.BOUNDS) + 1, np.int64), [0.0]
@@ -269,7 +276,7 @@ class _Predictions:
         counts, total = self._confidences[version]
         counts += np.bincount(np.searchsorted(self.BOUNDS, confidences), minlength=len(counts))
         total[0] += float(confidences.sum(dtype=np.float64))
-        self._unsure[version] += int(np.count_nonzero(confidences < self._unsure_below))
+        self._unsure[version] += unsure
 
     def collect(self) -> Iterator[Metric]:
         read = CounterMetricFamily(
@@ -279,7 +286,9 @@ class _Predictions:
             "digits_prediction_confidence", "Probability of the digit that was read.", labels=("model_version",)
         )
         unsure = CounterMetricFamily(
-            "digits_unsure", "Images whose digit was read with little confidence.", labels=("model_version",)
+            "digits_unsure",
+            "Images whose answer had better not be used: less certain than the threshold.",
+            labels=("model_version",),
         )
         names = [*map(str, CONFIDENCE_BUCKETS), "+Inf"]
         for version, digits in self._digits.items():

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from digits import contract
+from digits.certainty import certainty
 from digits.errors import DigitsError, ModelUnavailable, Overloaded, UpstreamTimeout
 from serving.gateway import eager
 from serving.gateway.metrics import Metrics
@@ -76,7 +77,8 @@ TOO_SLOW = "more images are waiting than can be read in time; try again later"
 class Answer(NamedTuple):
     """One image's answer. ``confidence`` is the probability of ``digit``; the ``probabilities``, one a class, sum to 1.
 
-    ``label`` is what the class ``digit`` is called, empty where it is a digit.
+    ``label`` is what the class ``digit`` is called, empty where it is a digit; ``unsure`` whether the answer had better
+    not be used.
     """
 
     digit: int
@@ -84,6 +86,7 @@ class Answer(NamedTuple):
     probabilities: list[float]
     model_version: str
     label: str = ""
+    unsure: bool = False
 
 
 class Place:
@@ -161,6 +164,7 @@ class Predictor:
         max_calls: Most upstream calls under way at once.
         max_queue: Most images waiting.
         max_wait_s: Longest wait that a call is let in for, as measured calls let expect it.
+        unsure_below: Answers of less certainty are unsure; None for the model's own threshold.
         max_burst_s: Whole batches that wait for longer than this, and than four calls take, are no burst but more work
             than can be done: a long queue would only make all wait. Queue and batches are kept short then, until
             nobody had to be refused for as long (after CoDel, Nichols and Jacobson 2012).
@@ -176,6 +180,7 @@ class Predictor:
         max_queue: int = 1024,
         max_wait_s: float = 0.25,
         max_burst_s: float = 0.1,
+        unsure_below: float | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.queued_images = 0
@@ -184,6 +189,7 @@ class Predictor:
         self._max_batch = max_batch
         self._max_calls = max_calls
         self._max_queue = max_queue
+        self._unsure_below = unsure_below
         self._queue: OrderedDict[Place, None] = OrderedDict()
         self._calls: dict[int, list[Place]] = {}
         self._tasks: set[asyncio.Future[None]] = set()
@@ -457,11 +463,15 @@ class Predictor:
         class_count = rows.shape[1]
         digits = rows.argmax(axis=1)  # (N,)
         confidences = rows.max(axis=1)  # (N,)
+        unsure_below = found.abstain_below if self._unsure_below is None else self._unsure_below
+        unsure = np.flatnonzero(certainty(rows) < unsure_below).tolist() if unsure_below else []
         if any(place.trial for place in batch):
             counted = np.repeat([not place.trial for place in batch], [place.count for place in batch])  # (N,)
-            self._metrics.predictions(digits[counted], confidences[counted], found.model_version, class_count)
+            self._metrics.predictions(
+                digits[counted], confidences[counted], found.model_version, class_count, int(counted[unsure].sum())
+            )
         else:
-            self._metrics.predictions(digits, confidences, found.model_version, class_count)
+            self._metrics.predictions(digits, confidences, found.model_version, class_count, len(unsure))
         version = found.model_version
         answers = [
             Answer(digit, confidence, row, version)
@@ -469,6 +479,8 @@ class Predictor:
         ]
         if found.names:
             answers = [answer._replace(label=found.names[answer.digit]) for answer in answers]
+        for at in unsure:
+            answers[at] = answers[at]._replace(unsure=True)
         start = 0
         for place in batch:
             stop = start + place.count

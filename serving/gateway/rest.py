@@ -308,7 +308,11 @@ class RestApp:
         version = answers[0].model_version
         confidences = np.array([answer.confidence for answer in read], np.float32)
         gateway.metrics.predictions(
-            np.array([answer.digit for answer in read]), confidences, version, len(contract.DIGITS)
+            np.array([answer.digit for answer in read]),
+            confidences,
+            version,
+            len(contract.DIGITS),
+            sum(answer.unsure for answer in read),
         )
         digits = [
             {
@@ -316,6 +320,7 @@ class RestApp:
                 "confidence": answer.confidence,
                 "probabilities": answer.probabilities,
                 "box": proposal.boxes[at].tolist(),
+                **({"unsure": True} if answer.unsure else {}),
             }
             for at, answer in zip(chosen, read, strict=True)
         ]

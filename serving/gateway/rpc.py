@@ -501,6 +501,7 @@ def _response(answer: Answer, request_id: str) -> pb.ClassifyResponse:
         model_version=answer.model_version,
         request_id=request_id,
         label=answer.label,
+        unsure=answer.unsure,
     )
 
 

@@ -30,6 +30,8 @@ class ClassifyAnswer(_Model):
     """Also in the header ``x-request-id``."""
     label: str = ""
     """What that class is called. Absent where classes are digits."""
+    unsure: bool = False
+    """True where the answer had better not be used: the model is less certain of it than its threshold. Else absent."""
 
 
 class NumberDigit(_Model):
@@ -43,6 +45,8 @@ class NumberDigit(_Model):
     """Of the digits 0 to 9; they sum to 1."""
     box: Annotated[list[int], Field(min_length=4, max_length=4)]
     """Where it is: x, y, width and height in the picture's pixels, the picture upright."""
+    unsure: bool = False
+    """True where the model is less certain of it than its threshold. Else absent."""
 
 
 class ReadAnswer(_Model):

@@ -114,8 +114,8 @@ class Settings(BaseSettings):
     max_waiting_decodes: Annotated[int, Field(ge=1)] = 64
     """Most large pictures decoded or waiting for a thread. Beyond that they are refused as overload."""
 
-    unsure_below: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """A digit read with a lower probability than this is counted as unsure."""
+    unsure_below: Annotated[float, Field(ge=0, le=1)] | None = None
+    """An answer of less certainty than this is marked and counted as unsure. None: than the model's own threshold."""
 
     status_poll_s: Positive = 0.5
     """How often the model server is asked whether it has a version to serve. ``/readyz`` follows the answer."""

@@ -77,6 +77,8 @@ class Predictions(NamedTuple):
     model_version: str
     names: tuple[str, ...] = ()
     """What the C classes are called; empty where that is their number, as with digits, or not known."""
+    abstain_below: float = 0.0
+    """The certainty below which the model says its answers had better not be used; 0 where it says nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Classes:
     count: int = -1
     """-1: not known."""
     names: tuple[str, ...] = ()
+    """As in ``Predictions``."""
+    abstain_below: float = 0.0
     """As in ``Predictions``."""
 
 
@@ -182,8 +186,9 @@ class Upstream:
         if version == LATEST and found.model_version != self._default_answered:
             self._default_answered = found.model_version
             self._metrics.version_changed(found.model_version)
-        names = (await self._learn_classes(found.model_version, deadline)).names
-        return found._replace(names=names) if len(names) == found.probabilities.shape[1] else found
+        classes = await self._learn_classes(found.model_version, deadline)
+        names = classes.names if len(classes.names) == found.probabilities.shape[1] else ()
+        return found._replace(names=names, abstain_below=classes.abstain_below)
 
     def classes(self, version: Version = LATEST) -> Classes:
         """The classes of that version, as far as known; if none is named, of the one that answers by default."""
@@ -323,8 +328,9 @@ class Upstream:
         count = shape[1].size if len(shape) == 2 else -1
         if contract.CLASSES_SIGNATURE not in signatures or not 1 <= count <= MOST_CLASSES:
             return Classes(count)
-        answer = await self._channel.call(PREDICT, _names_request(spec, count), max(0.001, deadline - time.monotonic()))
-        return Classes(count, _names(answer, count))
+        asked = _classes_request(spec, count)
+        answer = await self._channel.call(PREDICT, asked, max(0.001, deadline - time.monotonic()))
+        return Classes(count, _names(answer, count), _abstain_below(answer))
 
     async def _knows_label(self) -> bool:
         request = pb.GetModelMetadataRequest(
@@ -383,7 +389,7 @@ def _predict_request(images_u8: bytes, count: int, version: Version) -> bytes:
     return request.SerializeToString()
 
 
-def _names_request(spec: pb.ModelSpec, count: int) -> bytes:
+def _classes_request(spec: pb.ModelSpec, count: int) -> bytes:
     request = pb.PredictRequest(model_spec=spec)
     request.model_spec.signature_name = contract.CLASSES_SIGNATURE
     tensor = request.inputs[contract.OUTPUT_DIGIT]
@@ -401,6 +407,16 @@ def _names(data: bytes, count: int) -> tuple[str, ...]:
     except (DecodeError, UnicodeDecodeError):
         return ()
     return names if len(names) == count and names != tuple(map(str, range(count))) else ()
+
+
+def _abstain_below(data: bytes) -> float:
+    """The model's threshold of certainty, one for all its classes; 0 where there is none, or it is damaged."""
+    try:
+        tensor = pb.PredictResponse.FromString(data).outputs[contract.OUTPUT_ABSTAIN_BELOW]
+    except DecodeError:
+        return 0.0
+    values = np.frombuffer(tensor.tensor_content or tensor.float_val or b"", np.float32)
+    return float(values[0]) if values.size and 0 <= values[0] <= 1 else 0.0
 
 
 def _signatures(data: bytes) -> Mapping[str, pb.SignatureDef]:

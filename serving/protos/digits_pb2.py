@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bserving/protos/digits.proto\x12\tdigits.v1\" \n\x0f\x43lassifyRequest\x12\r\n\x05image\x18\x01 \x01(\x0c\"\x86\x01\n\x10\x43lassifyResponse\x12\r\n\x05\x64igit\x18\x01 \x01(\x05\x12\x12\n\nconfidence\x18\x02 \x01(\x02\x12\x15\n\rprobabilities\x18\x03 \x03(\x02\x12\x15\n\rmodel_version\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\r\n\x05label\x18\x06 \x01(\t\"B\n\rClassifyError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"|\n\x16\x43lassifyStreamResponse\x12-\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x1b.digits.v1.ClassifyResponseH\x00\x12)\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x18.digits.v1.ClassifyErrorH\x00\x42\x08\n\x06result2\xa2\x01\n\x06\x44igits\x12\x43\n\x08\x43lassify\x12\x1a.digits.v1.ClassifyRequest\x1a\x1b.digits.v1.ClassifyResponse\x12S\n\x0e\x43lassifyStream\x12\x1a.digits.v1.ClassifyRequest\x1a!.digits.v1.ClassifyStreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bserving/protos/digits.proto\x12\tdigits.v1\" \n\x0f\x43lassifyRequest\x12\r\n\x05image\x18\x01 \x01(\x0c\"\x96\x01\n\x10\x43lassifyResponse\x12\r\n\x05\x64igit\x18\x01 \x01(\x05\x12\x12\n\nconfidence\x18\x02 \x01(\x02\x12\x15\n\rprobabilities\x18\x03 \x03(\x02\x12\x15\n\rmodel_version\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\r\n\x05label\x18\x06 \x01(\t\x12\x0e\n\x06unsure\x18\x07 \x01(\x08\"B\n\rClassifyError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"|\n\x16\x43lassifyStreamResponse\x12-\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x1b.digits.v1.ClassifyResponseH\x00\x12)\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x18.digits.v1.ClassifyErrorH\x00\x42\x08\n\x06result2\xa2\x01\n\x06\x44igits\x12\x43\n\x08\x43lassify\x12\x1a.digits.v1.ClassifyRequest\x1a\x1b.digits.v1.ClassifyResponse\x12S\n\x0e\x43lassifyStream\x12\x1a.digits.v1.ClassifyRequest\x1a!.digits.v1.ClassifyStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLASSIFYREQUEST']._serialized_start=42
   _globals['_CLASSIFYREQUEST']._serialized_end=74
   _globals['_CLASSIFYRESPONSE']._serialized_start=77
-  _globals['_CLASSIFYRESPONSE']._serialized_end=211
-  _globals['_CLASSIFYERROR']._serialized_start=213
-  _globals['_CLASSIFYERROR']._serialized_end=279
-  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_start=281
-  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_end=405
-  _globals['_DIGITS']._serialized_start=408
-  _globals['_DIGITS']._serialized_end=570
+  _globals['_CLASSIFYRESPONSE']._serialized_end=227
+  _globals['_CLASSIFYERROR']._serialized_start=229
+  _globals['_CLASSIFYERROR']._serialized_end=295
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_start=297
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_end=421
+  _globals['_DIGITS']._serialized_start=424
+  _globals['_DIGITS']._serialized_end=586
 # @@protoc_insertion_point(module_scope)

@@ -162,6 +162,26 @@ def test_the_command_line_reads_files_in_their_order(tmp_path: Path, address: li
     assert all(row[3] == "model 3" for row in rows)
 
 
+def test_an_answer_better_not_used_is_marked(tmp_path: Path) -> None:
+    """By both clients and both outputs of the command line; one that may be used bears no mark."""
+    images = random_images(2)
+    images[:, 1] = [0, 255]  # read with 50 % and 100 %
+    files = [tmp_path / "unsure.raw", tmp_path / "sure.raw"]
+    for file, image in zip(files, images, strict=True):
+        file.write_bytes(image.tobytes())
+    started = start_gateway(LoopThread(), unsure_below=0.9)
+    try:
+        for client in (RestClient(started.url), GrpcClient(started.grpc_address)):
+            with client:
+                assert [client.classify(image.tobytes()).unsure for image in images] == [True, False]
+        lines = cli("classify", *map(str, files), "--url", started.url).stdout.splitlines()
+        facts = cli("classify", *map(str, files), "--url", started.url, "--json").stdout.splitlines()
+    finally:
+        stop_gateway(started)
+    assert [line.split("\t")[4:] for line in lines] == [["unsure"], []]
+    assert [json.loads(line).get("unsure") for line in facts] == [True, None]
+
+
 @pytest.mark.parametrize("address", ["REST", "gRPC"], indirect=True)
 def test_the_command_line_speaks_json_and_tells_failures_by_file(tmp_path: Path, address: list[str]) -> None:
     """A bad file does not stop the others; the exit status is 1."""

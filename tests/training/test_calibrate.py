@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from training.calibrate import abstention_threshold, certainty, fit_temperature, selective_curve
+from digits.certainty import certainty
+from training.calibrate import abstention_threshold, fit_temperature, selective_curve
 
 
 @pytest.mark.parametrize("too_sure_by", [0.5, 1.0, 3.0])

@@ -44,6 +44,27 @@ def test_freed_layers_answer_as_the_tied_ones_did(params: Params, real: dict[str
     np.testing.assert_allclose(build_predict(freed, logits=True)(images), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("size", [(28, 28), (20, 28)])
+def test_a_field_computed_in_rows_is_a_convolution(stride: int, size: tuple[int, int]) -> None:
+    """Its answers and its kernel's gradient, against TensorFlow's convolution, wherever places end."""
+    import tensorflow as tf
+
+    from training.model import Field
+
+    rng = np.random.default_rng(3)
+    images = tf.constant(rng.normal(size=(7, *size, 1)), tf.float32)
+    field = Field(6, 5, stride)
+    field.build(images.shape)
+    with tf.GradientTape(persistent=True) as tape:
+        found = field(images)
+        expected = tf.nn.conv2d(images, field.kernel.value, stride, "VALID") + field.bias.value
+        losses = [tf.reduce_sum(tf.square(answers)) for answers in (found, expected)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    gradient, wanted = (tape.gradient(loss, field.kernel.value) for loss in losses)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-2)
+
+
 def test_what_comes_out_is_dense_layers_whose_weights_have_gone_their_own_ways(
     params: Params, real: dict[str, Split]
 ) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from training.calibrate import certainty
+from digits.certainty import certainty
 from training.intervals import mean_interval, wilson_interval
 from training.robustness.corruptions import CORRUPTIONS, STRENGTHS, corrupt_at_will
 from training.robustness.nondigits import draw_nondigits

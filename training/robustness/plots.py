@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from training.calibrate import certainty
+from digits.certainty import certainty
 from training.figures import BLUE, GREY, ORANGE, STYLE, new_figure, save_figure
 from training.plots import frame_images, show_images
 from training.robustness.corruptions import CORRUPTIONS, STRENGTHS, corrupt_at_will

@@ -300,13 +300,14 @@ function showAnswer(body, elapsed, source) {
   const { digit, probabilities } = body;
   const confidence = body.confidence ?? probabilities[digit];
   const second = probabilities.map((share, k) => [share, k]).filter(([, k]) => k !== digit).sort((a, b) => b[0] - a[0])[0];
-  const doubt = confidence < 0.7;
+  const doubt = body.unsure || confidence < 0.7;
   answer.dataset.state = "read";
   answer.toggleAttribute("data-doubt", doubt);
   $("digit").textContent = digit;
   const named = (k) => body.label === undefined ? `${k === 8 ? "an" : "a"} ${k}` : k === digit ? body.label : `class ${k}`;
   $("words").textContent = `${doubt ? "Perhaps" : confidence < 0.95 ? "Probably" : "It is"} ${named(digit)}`;
-  $("sure").textContent = `${percent(confidence)} sure` + (doubt ? `; it could also be ${named(second[1])} (${percent(second[0])})` : "");
+  const other = doubt ? `; it could also be ${named(second[1])} (${percent(second[0])})` : "";
+  $("sure").textContent = `${percent(confidence)} sure${other}` + (body.unsure ? ". The model would rather not say." : "");
   $("version").textContent = body.model_version ?? "–";
   $("latency").textContent = `${Math.round(elapsed)} ms`;
   $("source").textContent = source;

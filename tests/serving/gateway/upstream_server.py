@@ -39,6 +39,7 @@ class Behaviour:
     broken_version: int = 0  # the status tells of one more, which failed to load
     classes: tuple[str, ...] = tuple("0123456789")
     tells_classes: bool = True  # in the metadata
+    abstain_below: float | None = None
     spoil: Any = None  # (PredictResponse) -> bytes
     hold: asyncio.Event | None = None  # calls wait for it
     batches: list[int] = field(default_factory=list)
@@ -100,7 +101,7 @@ class TestUpstream:
     async def _predict(self, request: pb.PredictRequest, context: Any) -> bytes:
         behaviour = self.behaviour
         if request.model_spec.signature_name == "classes":
-            return await self._names(request, context)
+            return await self._classes(request, context)
         tensor = request.inputs["images"]
         shape = [dim.size for dim in tensor.tensor_shape.dim]
         assert tensor.dtype == pb.DT_UINT8
@@ -136,12 +137,17 @@ class TestUpstream:
             outputs.float_val = values
         return behaviour.spoil(answer) if behaviour.spoil else answer.SerializeToString()
 
-    async def _names(self, request: pb.PredictRequest, context: Any) -> bytes:
+    async def _classes(self, request: pb.PredictRequest, context: Any) -> bytes:
         await self._check_version(request.model_spec, context)
         asked = np.frombuffer(request.inputs["digit"].tensor_content, "<i8")
         names = [self.behaviour.classes[digit].encode() for digit in asked]
         answer = pb.PredictResponseOfStrings(outputs={"name": pb.TensorProtoOfStrings(string_val=names)})
-        return answer.SerializeToString()
+        if self.behaviour.abstain_below is None:
+            return answer.SerializeToString()
+        more = pb.PredictResponse()
+        more.outputs["abstain_below"].dtype = pb.DT_FLOAT
+        more.outputs["abstain_below"].float_val = np.full(len(asked), self.behaviour.abstain_below, "<f4").tobytes()
+        return answer.SerializeToString() + more.SerializeToString()
 
     async def _status(self, request: pb.GetModelStatusRequest, context: Any) -> pb.GetModelStatusResponse:
         if request.model_spec.name != "digits":
