@@ -40,7 +40,9 @@ def describe(params: dict, train: int, test: int, validation: int) -> None:
         "doubtful_labels": {"warn": 0.05, "stop": 0.2}, "contradicted_labels": {"warn": 0.3, "stop": 0.5},
     }  # fmt: skip
     params["prepare"]["validation_images"] = validation
-    params["augment"] |= dict.fromkeys(("rotation_rad", "scale", "shear", "shift_px", "elastic_px"), 0.0)
+    deformations = ("rotation_rad", "scale", "shear", "shift_px", "elastic_px", "neighbour_share")
+    params["augment"] |= dict.fromkeys(deformations, 0.0)
+    params["model"]["paper_share"] = 0.0
     params["gate"] |= {"min_accuracy": 0.85, "min_macro_f1": 0.85, "min_class_recall": 0.6, "max_nll": 0.6}
     params["gate"]["robustness"] = dict(ANY_ROBUSTNESS)
 

@@ -129,20 +129,22 @@ def _sample(images_u8: Any, source_y: Any, source_x: Any) -> Any:
     """
     count = tf.shape(images_u8)[0]
     wide, high = IMAGE_WIDTH + 2, IMAGE_HEIGHT + 2
-    padded = tf.pad(images_u8, ((0, 0), (1, 2), (1, 2)))  # (N, 31, 31)
-    corners = tf.stack(
-        [padded[:, :-1, :-1], padded[:, :-1, 1:], padded[:, 1:, :-1], padded[:, 1:, 1:]], axis=-1
-    )  # (N, 30, 30, 4)
-    words = tf.reshape(tf.bitcast(corners, tf.int32), (count, high * wide))
+    padded = tf.cast(tf.pad(images_u8, ((0, 0), (1, 2), (1, 2))), tf.int32)  # (N, 31, 31)
+    pairs = _or_shifted(padded[:, :, :-1], padded[:, :, 1:], 8)
+    words = tf.reshape(_or_shifted(pairs[:, :-1], pairs[:, 1:], 16), (count, high * wide))
 
     # A blank border pixel stands for everything outside.
     y = tf.clip_by_value(source_y + 1.0, 0.0, IMAGE_HEIGHT + 1.0)
     x = tf.clip_by_value(source_x + 1.0, 0.0, IMAGE_WIDTH + 1.0)
     y0, x0 = tf.floor(y), tf.floor(x)
     places = tf.cast(y0 * wide + x0, tf.int32)  # (N, 784)
-    found = tf.bitcast(tf.gather(words, places, batch_dims=1), tf.uint8)  # (N, 784, 4)
+    found = tf.bitcast(tf.gather(words, places, batch_dims=1), tf.uint8)  # (N, 784, 4), the lowest bits first
     found = tf.cast(found, tf.float32)
     dy, dx = y - y0, x - x0
     upper = found[..., 0] + dx * (found[..., 1] - found[..., 0])
     lower = found[..., 2] + dx * (found[..., 3] - found[..., 2])
     return tf.reshape(upper + dy * (lower - upper), (count, IMAGE_HEIGHT, IMAGE_WIDTH))
+
+
+def _or_shifted(low: Any, high: Any, bits: int) -> Any:
+    return tf.bitwise.bitwise_or(low, tf.bitwise.left_shift(high, bits))

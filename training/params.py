@@ -200,7 +200,7 @@ class ModelParams(_Section):
     """Above 0 this share of the 24 blocks of 4 x 4 pixels along the edge, the lightest ones, are paper, and the darkest
     of these says how light paper is, in place of the lightest pixel."""
     receptive_fields: tuple[ReceptiveField, ...]
-    """Hidden layers before those of ``hidden_widths`` that begin as training/receptive_fields.py says; usually none."""
+    """Hidden layers before those of ``hidden_widths`` that begin as training/receptive_fields.py says."""
     averaged_turn_deg: float = Field(ge=0.0, le=45.0)
     """An answer is the mean over the image as it is and turned by this both ways, at 3 times the work; 0 = off."""
     hidden_widths: tuple[Annotated[int, Field(ge=1, le=16384)], ...] = Field(min_length=1)

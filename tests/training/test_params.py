@@ -52,7 +52,10 @@ def test_a_profile_replaces_only_the_values_it_names(tmp_path: Path) -> None:
             {"model.least_contrast": 1.0, "model.paper_share": 0.5},
             ["model.paper_share is 0.5", "0 with a least_contrast of 1"],
         ),
-        ({"train.free_epochs": 2}, ["train.free_epochs is 2", "0 without model.receptive_fields"]),
+        (
+            {"train.free_epochs": 2, "model.receptive_fields": []},
+            ["train.free_epochs is 2", "0 without model.receptive_fields"],
+        ),
         (
             {"model.receptive_fields": [{"size": 29, "stride": 2, "features": 4}]},
             ["model.receptive_fields.0.size is 29", "less than or equal to 28"],

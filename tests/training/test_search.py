@@ -84,7 +84,7 @@ def values(rows: list[dict[str, str]]) -> list[tuple[str, ...]]:
 
 def test_a_search_finds_what_is_best_and_prunes_what_is_not(prepared: Workspace) -> None:
     """TPE comes near the least loss; a trial worse than the median is not trained to its end; one seed, one search."""
-    ended, printed = run_search(prepared, **{"search.trials": 30})
+    ended, printed = run_search(prepared, **{"search.trials": 30, "train.learning_rate": 0.003})
     assert ended
     rows = trials(prepared)
     assert len(rows) == 30
