@@ -36,7 +36,7 @@ def prepared(folder: Path, real: dict[str, Split]) -> tuple[Workspace, Params]:
     changes: dict[str, Any] = {
         "train.precision": "float32",
         "train.batch_size": 60,
-        "train.learning_rate": 0.001,  # at a higher rate differences in the last digits soon grow
+        "train.learning_rate": 0.0003,  # at a higher rate differences in the last digits soon grow
         "augment.neighbour_share": 0.5,
     }
     workspace, params = make_workspace(folder, real, **changes)
