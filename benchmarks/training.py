@@ -75,7 +75,7 @@ def run(seconds: float, repeats: int) -> None:
     plain = params.model.model_copy(update={"receptive_fields": (), "hidden_widths": (512, 256), "paper_share": 0.0})
     courses = (
         Course("a perceptron of 512 and 256 units", plain, 2, 256, 0.003),
-        Course("the quick profile's network", params.model, 1, 128, params.train.learning_rate),
+        Course("the quick profile's network", params.model, 1, 256, params.train.learning_rate),
     )
     for course in courses:
         setting = course.applied_to(params)
