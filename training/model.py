@@ -16,6 +16,7 @@ from training.workspace import BadArtifact
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 _PREDICT_BATCH = 1000
 _FEW_FEATURES = 16
+"""Up to so many it pays to compute a convolution of one plane in rows, on a CPU."""
 _BLOCK_PX = 4
 """Side of the blocks of pixels along an image's edge of which some are paper."""
 
@@ -175,7 +176,7 @@ class Field(keras.layers.Conv2D):
     """A convolution. Of a single plane into few features it is computed a whole row of places at a time.
 
     The CPU's usual algorithm makes little of the 25 products that each place and feature of such a convolution needs:
-    an epoch of the quick profile would take a third longer. Written as one that runs down the image alone, with the
+    a step of the quick profile would take a quarter longer. Written as one that runs down the image alone, with the
     image's columns for channels, it multiplies six times as much, most of it by 0, in a third of the time.
     """
 

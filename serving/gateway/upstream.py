@@ -413,9 +413,9 @@ def _abstain_below(data: bytes) -> float:
     """The model's threshold of certainty, one for all its classes; 0 where there is none, or it is damaged."""
     try:
         tensor = pb.PredictResponse.FromString(data).outputs[contract.OUTPUT_ABSTAIN_BELOW]
-    except DecodeError:
+        values = np.frombuffer(tensor.tensor_content or tensor.float_val or b"", np.float32)
+    except (DecodeError, ValueError):  # no message, or no whole floats
         return 0.0
-    values = np.frombuffer(tensor.tensor_content or tensor.float_val or b"", np.float32)
     return float(values[0]) if values.size and 0 <= values[0] <= 1 else 0.0
 
 

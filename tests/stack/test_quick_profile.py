@@ -11,7 +11,7 @@ from tests.conftest import copy_checkout
 from tests.ports import free_ports
 from tests.stack.conftest import run_environment
 
-FLOOR = 0.992  # four seeds: 99.31 to 99.36 %
+FLOOR = 0.992  # three seeds: 99.46 to 99.47 %
 
 
 @pytest.mark.slow

@@ -53,8 +53,10 @@ def test_a_setting_goes_before_the_models_threshold(start: Callable[..., Here]) 
     assert marks(here) == [(False,) * 3, (False,) * 3]
 
 
-@pytest.mark.parametrize("threshold", [None, float("nan"), -1.0, 7.0])
-def test_without_a_threshold_that_is_one_nothing_is_marked(start: Callable[..., Here], threshold: float | None) -> None:
+@pytest.mark.parametrize("threshold", [None, float("nan"), -1.0, 7.0, b"abc"])
+def test_without_a_threshold_that_is_one_nothing_is_marked(
+    start: Callable[..., Here], threshold: float | bytes | None
+) -> None:
     here = start()
     here.upstream.behaviour = Behaviour(version=4, abstain_below=threshold)
     assert marks(here) == [(False,) * 3, (False,) * 3]

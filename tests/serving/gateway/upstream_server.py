@@ -39,7 +39,7 @@ class Behaviour:
     broken_version: int = 0  # the status tells of one more, which failed to load
     classes: tuple[str, ...] = tuple("0123456789")
     tells_classes: bool = True  # in the metadata
-    abstain_below: float | None = None
+    abstain_below: float | bytes | None = None  # bytes: what stands in the place of floats
     spoil: Any = None  # (PredictResponse) -> bytes
     hold: asyncio.Event | None = None  # calls wait for it
     batches: list[int] = field(default_factory=list)
@@ -146,7 +146,10 @@ class TestUpstream:
             return answer.SerializeToString()
         more = pb.PredictResponse()
         more.outputs["abstain_below"].dtype = pb.DT_FLOAT
-        more.outputs["abstain_below"].float_val = np.full(len(asked), self.behaviour.abstain_below, "<f4").tobytes()
+        told = self.behaviour.abstain_below
+        more.outputs["abstain_below"].float_val = (
+            told if isinstance(told, bytes) else np.full(len(asked), told, "<f4").tobytes()
+        )
         return answer.SerializeToString() + more.SerializeToString()
 
     async def _status(self, request: pb.GetModelStatusRequest, context: Any) -> pb.GetModelStatusResponse:
