@@ -40,6 +40,7 @@ from pipelines.locks import only_one
 from pipelines.processes import LEASH, leashed, stop_session
 from pipelines.settings import Settings
 from pipelines.stages import GATE
+from pipelines.stopping import never_lost
 from pipelines.versions import newest_version
 
 _STOP_GRACE_S: Final = 20
@@ -409,7 +410,8 @@ def _stoppable() -> Iterator[None]:
 
     before: dict[int, Any] = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        with never_lost(_Stop):
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -29,6 +29,7 @@ from pipelines.publish import Published
 from pipelines.publish import publish as run_publish
 from pipelines.settings import Settings
 from pipelines.stages import GATE, StageBusy, StageKilled, StageReport, Stages
+from pipelines.stopping import never_lost
 from pipelines.text import duration
 
 
@@ -137,6 +138,7 @@ def release(project: str | None = None, watched: bool = False, profile: str | No
     settings = settings_of(project)
     watch(watched)
     with contextlib.ExitStack() as held:
+        held.enter_context(never_lost(KeyboardInterrupt, TerminationSignal))
         try:
             held.enter_context(only_one(settings.run_dir / RELEASE_LOCK, "release"))
         except Busy as err:
