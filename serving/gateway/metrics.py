@@ -3,6 +3,8 @@
 Labels are bounded: route patterns, codes, model versions; never what a user sent.
 """
 
+import itertools
+import operator
 import platform
 import time
 from bisect import bisect_left
@@ -11,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
@@ -46,6 +48,9 @@ SHED_REASONS: Final = (
 )  # fmt: skip
 """Why a request is refused for too much work."""
 
+COUNT_EVERY: Final = 512
+"""Images whose answers are counted together, or fewer when someone looks."""
+
 MAX_VERSIONS: Final = 32
 """Model versions that get a label of their own in one process' life; later ones share ``other``."""
 
@@ -59,7 +64,15 @@ class Metrics:
         self._requests = _Requests()
         self._predictions = _Predictions()
         self._inputs = _Inputs()
-        for collector in (self._requests, self._predictions, self._inputs):
+        self._upstream_s = _Histogram(
+            "digits_upstream_duration_seconds", "Time of one model server call that succeeded.", DURATION_BUCKETS_S
+        )
+        self._batch_images = _Histogram("digits_batch_images", "Images in one model server call.", BATCH_BUCKETS)
+        self._queue_wait_s = _Histogram(
+            "digits_queue_wait_seconds", "Wait of the oldest image of each model server call.", DURATION_BUCKETS_S
+        )
+        own = (self._requests, self._predictions, self._upstream_s, self._batch_images, self._queue_wait_s)
+        for collector in (*own, *self._inputs.histograms):
             self.registry.register(collector)
         self._versions: set[str] = set()
 
@@ -86,13 +99,6 @@ class Metrics:
         self._refusals = self._counter("digits_breaker_refusals", "Calls that the breaker did not let go upstream.")
         # The supervisor's to count, and added to this: there with one process too, or the alert would be about nothing.
         self._counter("digits_worker_crashes", "Worker processes that ended without being told to.")
-        self._upstream_s = self._histogram(
-            "digits_upstream_duration_seconds", "Time of one model server call that succeeded.", DURATION_BUCKETS_S
-        )
-        self._batch_images = self._histogram("digits_batch_images", "Images in one model server call.", BATCH_BUCKETS)
-        self._queue_wait_s = self._histogram(
-            "digits_queue_wait_seconds", "Wait of the oldest image of each model server call.", DURATION_BUCKETS_S
-        )
         self._shed_by = {reason: shed.labels(reason) for reason in SHED_REASONS}
 
     def request(self, protocol: str, route: str, code: str, model_version: str, duration_s: float) -> None:
@@ -112,14 +118,14 @@ class Metrics:
 
     def batch(self, images: int, oldest_wait_s: float) -> None:
         """A call with ``images`` images goes upstream; its oldest one has waited ``oldest_wait_s``."""
-        self._batch_images.observe(images)
-        self._queue_wait_s.observe(oldest_wait_s)
+        self._batch_images.add(images)
+        self._queue_wait_s.add(oldest_wait_s)
 
     def upstream_call(self, code: str, duration_s: float) -> None:
         """A call to the model server has ended with this gRPC code."""
         self._upstream_calls.labels(code).inc()
         if code == "OK":
-            self._upstream_s.observe(duration_s)
+            self._upstream_s.add(duration_s)
         else:
             self._upstream_errors.labels(code).inc()
 
@@ -195,9 +201,6 @@ class Metrics:
     def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
         return Counter(name, text, labels or [], registry=self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, buckets=buckets, registry=self.registry)
-
 
 class _Buckets:
     """Counts of a histogram. The library's observe() takes a lock and walks all buckets; only one loop adds here."""
@@ -218,6 +221,19 @@ class _Buckets:
             total += count
             rows.append((bound, float(total)))
         return rows
+
+
+class _Histogram(_Buckets):
+    """A histogram without labels."""
+
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
+        super().__init__(bounds)
+        self._name, self._text = name, text
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._text)
+        family.add_metric((), self.cumulative(), self.sum)
+        yield family
 
 
 class _Requests:
@@ -256,8 +272,30 @@ class _Predictions:
         self._unsure: dict[str, int] = {}
         self._digits: dict[str, NDArray[Any]] = {}  # (C,) counts
         self._confidences: dict[str, tuple[NDArray[Any], list[float]]] = {}  # (buckets + 1,) counts, [sum]
+        self._uncounted: list[tuple[str, NDArray[np.int64], NDArray[np.float32], int, int]] = []
+        self._uncounted_images = 0
 
     def add(
+        self,
+        version: str,
+        digits: NDArray[np.int64],
+        confidences: NDArray[np.float32],
+        class_count: int,
+        unsure: int,
+    ) -> None:
+        """As ``Metrics.predictions``. Counted later, with others: to count six takes as long as to count a hundred."""
+        self._uncounted.append((version, digits, confidences, class_count, unsure))
+        self._uncounted_images += len(digits)
+        if self._uncounted_images >= COUNT_EVERY:
+            self._count()
+
+    def _count(self) -> None:
+        calls, self._uncounted, self._uncounted_images = self._uncounted, [], 0
+        for version, group in itertools.groupby(calls, key=operator.itemgetter(0)):
+            _, digits, confidences, class_counts, unsure = zip(*group, strict=True)
+            self._add(version, np.concatenate(digits), np.concatenate(confidences), max(class_counts), sum(unsure))
+
+    def _add(
         self,
         version: str,
         digits: NDArray[np.int64],
@@ -279,6 +317,7 @@ class _Predictions:
         self._unsure[version] += unsure
 
     def collect(self) -> Iterator[Metric]:
+        self._count()
         read = CounterMetricFamily(
             "digits_predictions", "Images by the digit that was read.", labels=("digit", "model_version")
         )
@@ -307,10 +346,10 @@ class _Inputs:
 
     def __init__(self) -> None:
         self._next = 0.0
-        self._histograms = (
-            ("digits_input_ink_share", "Mean ink of an image, 0 to 1.", _Buckets(INK_SHARE_BUCKETS)),
-            ("digits_input_box_width_pixels", "Width of what is inked, of 28.", _Buckets(BOX_BUCKETS)),
-            ("digits_input_box_height_pixels", "Height of what is inked, of 28.", _Buckets(BOX_BUCKETS)),
+        self.histograms = (
+            _Histogram("digits_input_ink_share", "Mean ink of an image, 0 to 1.", INK_SHARE_BUCKETS),
+            _Histogram("digits_input_box_width_pixels", "Width of what is inked, of 28.", BOX_BUCKETS),
+            _Histogram("digits_input_box_height_pixels", "Height of what is inked, of 28.", BOX_BUCKETS),
         )
 
     def add(self, images_u8: bytes) -> None:
@@ -322,15 +361,9 @@ class _Inputs:
         images = images[:INPUT_SAMPLE_IMAGES]  # (N, 28, 28)
         inked = np.greater(images, 127)
         measured = (images.mean(axis=(1, 2)) / 255, _extent(inked.any(axis=1)), _extent(inked.any(axis=2)))
-        for (_, _, histogram), values in zip(self._histograms, measured, strict=True):
+        for histogram, values in zip(self.histograms, measured, strict=True):
             for value in values.tolist():
                 histogram.add(value)
-
-    def collect(self) -> Iterator[Metric]:
-        for name, text, histogram in self._histograms:
-            family = HistogramMetricFamily(name, text)
-            family.add_metric((), histogram.cumulative(), histogram.sum)
-            yield family
 
 
 def _extent(inked: Any) -> NDArray[np.int64]:

@@ -464,7 +464,9 @@ class Predictor:
         digits = rows.argmax(axis=1)  # (N,)
         confidences = rows.max(axis=1)  # (N,)
         unsure_below = found.abstain_below if self._unsure_below is None else self._unsure_below
-        unsure = np.flatnonzero(certainty(rows) < unsure_below).tolist() if unsure_below else []
+        unsure: list[int] = []
+        if unsure_below and confidences.min() < unsure_below:  # else none is: certainty is never below confidence
+            unsure = np.flatnonzero(certainty(rows) < unsure_below).tolist()
         if any(place.trial for place in batch):
             counted = np.repeat([not place.trial for place in batch], [place.count for place in batch])  # (N,)
             self._metrics.predictions(
