@@ -48,6 +48,12 @@ _STOP_GRACE_S: Final = 20
 
 _MODEL_SERVER, _GATEWAY = "model-server", "gateway"
 
+_BEGIN_S: Final = 3.0
+"""supervisord starts the servers a second after it was started itself."""
+
+_TOO_YOUNG_S: Final = 0.2
+"""A process that was started so long ago is sure to hear a signal."""
+
 
 class CannotRun(DigitsError):
     """Something on this machine is in the way."""
@@ -196,6 +202,8 @@ class _Servers:
         self._settings, self._console = settings, console
         self._failed = threading.Event()
         self._stopping = False
+        self._begun = threading.Event()
+        self._hears_from = 0.0
         self._logs = settings.run_dir / "logs"
 
     def __enter__(self) -> "_Servers":
@@ -227,7 +235,19 @@ class _Servers:
                 number, signal.SIG_IGN
             )  # the second Ctrl-C of an impatient person must not leave things behind
         with self._console.status("stopping"):
+            self._let_it_begin()
             stop_session(self._process, grace_s=_STOP_GRACE_S + 10)
+
+    def _let_it_begin(self) -> None:
+        """Wait until it has started the servers.
+
+        A stop that is asked for before is passed on a millisecond after their start, when they are too young to hear
+        it, and supervisord would wait for them in vain.
+        """
+        deadline = time.monotonic() + _BEGIN_S
+        while not self._begun.wait(0.05) and self._process.poll() is None and time.monotonic() < deadline:
+            pass
+        time.sleep(max(0.0, self._hears_from - time.monotonic()))
 
     def wait_until_ready(self) -> None:
         """Wait until the gateway says that it can answer. Raises ``CannotRun`` when it will not."""
@@ -272,6 +292,9 @@ class _Servers:
         assert self._process.stdout is not None
         for raw in self._process.stdout:
             line = raw.decode("utf-8", "replace")
+            if f"spawned: '{_GATEWAY}'" in line:  # the last one
+                self._hears_from = time.monotonic() + _TOO_YOUNG_S
+                self._begun.set()
             if self._stopping:
                 continue
             if ended := re.search(r"exited: (\S+) \((.*)\)", line):

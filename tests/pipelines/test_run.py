@@ -135,6 +135,17 @@ def test_serves_at_once_restarts_what_falls_over_and_stops_cleanly(served: Path)
         assert psutil.wait_procs(processes, timeout=HANG_S)[1] == []
 
 
+def test_stopped_while_its_servers_are_being_started_they_hear_of_it(served: Path) -> None:
+    """None has to be killed after the time that a server may take to finish what it does."""
+    with running(served, "--skip-release") as stack:
+        stack.wait_for("starting the model server and the gateway")
+        stack.process.send_signal(signal.SIGINT)
+        assert stack.process.wait(HANG_S) == 0
+    told = (served / "run" / "logs" / "supervisord.log").read_text()
+    assert "stopped: gateway (terminated by SIGTERM)" in told
+    assert "SIGKILL" not in told
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_it_leaves_no_process_behind(served: Path, number: signal.Signals) -> None:
     """However it ends, the next `make run` finds its ports free."""
