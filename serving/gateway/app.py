@@ -64,6 +64,7 @@ class Gateway:
             max_queue=settings.max_queue_images,
             max_wait_s=settings.max_wait_s,
             max_burst_s=settings.max_burst_s,
+            busy_wait_s=settings.busy_wait_ms / 1000,
             unsure_below=settings.unsure_below,
         )
 

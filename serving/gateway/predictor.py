@@ -27,6 +27,7 @@ from serving.gateway import eager
 from serving.gateway.metrics import Metrics
 from serving.gateway.tracing import METADATA, Metadata
 from serving.gateway.upstream import LATEST, Predictions, Version
+from serving.transport.busy import BusyWait
 
 MAX_TURNS = 2
 """Turns of the event loop for which a batch is kept open while each brings more; in an idle gateway one, some 10 µs."""
@@ -168,6 +169,7 @@ class Predictor:
         max_burst_s: Whole batches that wait for longer than this, and than four calls take, are no burst but more work
             than can be done: a long queue would only make all wait. Queue and batches are kept short then, until
             nobody had to be refused for as long (after CoDel, Nichols and Jacobson 2012).
+        busy_wait_s: For so long after a call has left or come back the loop does not sleep.
     """
 
     def __init__(
@@ -180,6 +182,7 @@ class Predictor:
         max_queue: int = 1024,
         max_wait_s: float = 0.25,
         max_burst_s: float = 0.1,
+        busy_wait_s: float = 0.0,
         unsure_below: float | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
@@ -220,6 +223,7 @@ class Predictor:
         """When a call came back last."""
         self._images_per_s = 0.0
         self._closed = False
+        self._busy = BusyWait(self.loop, busy_wait_s)
         metrics.watch_predictor(lambda: self.queued_images, lambda: len(self._calls))
 
     def submit(
@@ -390,6 +394,7 @@ class Predictor:
             self._last_count = sum(place.count for place in batch)
             number = next(self._call_numbers)
             self._calls[number] = batch
+            self._busy.had_work()
             task = eager.start(self._call(number, batch))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -440,6 +445,7 @@ class Predictor:
                 raise
         finally:
             del self._calls[number]
+            self._busy.had_work()
             now = time.monotonic()
             took_s = max(now - started, 1e-6)
             self._images_per_s = _smoothed(self._images_per_s, count / took_s)

@@ -80,6 +80,10 @@ class Settings(BaseSettings):
     max_upstream_calls: Annotated[int, Field(ge=1, le=64)] = 3
     """Most calls under way upstream at once. What arrives meanwhile waits and goes together."""
 
+    busy_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """For so long after a call upstream has left or come back the gateway looks for more instead of sleeping: shorter
+    waiting, above all on virtual machines, for up to a whole processor a worker. 0: it sleeps. 2 is enough."""
+
     max_queue_images: Annotated[int, Field(ge=1)] = 1024
     """Most images that may wait for their turn. Beyond that requests are refused: 429, RESOURCE_EXHAUSTED."""
 

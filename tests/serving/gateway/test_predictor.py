@@ -53,6 +53,20 @@ def test_calls_that_arrive_while_one_is_under_way_go_upstream_together(start: Ca
         check(answer, image)
 
 
+def test_a_gateway_that_stays_awake_answers_alike(start: Callable[..., Here]) -> None:
+    """Calls one after another and all at once; and it ends as any other."""
+    here = start(busy_wait_ms=50)
+    images = random_images(60)
+
+    async def calls() -> list[list[Answer]]:
+        predictor = here.gateway.predictor
+        alone = [await predictor.submit(image.tobytes(), 1, far()) for image in images[:10]]
+        return alone + await asyncio.gather(*[predictor.submit(image.tobytes(), 1, far()) for image in images[10:]])
+
+    for [answer], image in zip(here.thread.run(calls()), images, strict=True):
+        check(answer, image)
+
+
 def test_a_lone_call_is_not_held_back_for_company(here: Here) -> None:
     """Nothing is under way, so each call goes at once and alone: three calls one after another are three batches."""
     for image in random_images(3):
