@@ -2,7 +2,8 @@
 
 from pipelines import prefect_server
 from pipelines.exit_codes import Exit
-from pipelines.release import refuse_while_busy, result_of, stopped
+from pipelines.flow_run import FlowRun
+from pipelines.release import refuse_while_busy, stopped
 from pipelines.settings import Settings
 from pipelines.text import print_json
 
@@ -20,10 +21,10 @@ def maintain(settings: Settings, keep: int, *, as_json: bool = False) -> Exit:
         from pipelines.flows.maintenance import maintenance as flow  # takes seconds, meanwhile the server starts
 
         prefect_server.wait_until_ready(settings)
-        state = flow(str(settings.project), keep, watched=True, return_state=True)
-        if state.is_cancelled():
-            return stopped(state)
-        done = result_of(state)
+        run = FlowRun(flow, str(settings.project), keep, watched=True)
+        if run.state.is_cancelled():
+            return stopped(run.state)
+        done = run.result()
         if as_json:
             print_json(done.as_json())
         return Exit.DONE

@@ -5,22 +5,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from digits.errors import DigitsError
 from pipelines import prefect_server
 from pipelines.candidate import Verdict, read_verdict
 from pipelines.exit_codes import Exit
+from pipelines.flow_run import FlowRun
 from pipelines.locks import RELEASE_LOCK, Busy, only_one
 from pipelines.settings import Settings
 from pipelines.text import print_json
 
 if TYPE_CHECKING:
     from pipelines.publish import Published
-
-
-class FlowFailed(DigitsError):
-    """A flow ended in a failure that is not one of ours."""
-
-    code = "flow_failed"
 
 
 def release(settings: Settings, *, profile: str | None = None, as_json: bool = False) -> Exit:
@@ -37,7 +31,8 @@ def release(settings: Settings, *, profile: str | None = None, as_json: bool = F
         from pipelines.flows.release import release as flow
 
         prefect_server.wait_until_ready(settings)
-        state = flow(str(settings.project), watched=True, profile=profile, return_state=True)
+        run = FlowRun(flow, str(settings.project), watched=True, profile=profile)
+        state = run.state
         if state.name == REJECTED:
             verdict = read_verdict(settings)
             if as_json:
@@ -47,7 +42,7 @@ def release(settings: Settings, *, profile: str | None = None, as_json: bool = F
             return Exit.REJECTED
         if state.is_cancelled():
             return stopped(state)
-        _print_published(result_of(state), as_json)
+        _print_published(run.result(), as_json)
         return Exit.DONE
 
 
@@ -96,13 +91,3 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def result_of(state: Any) -> Any:
-    """A flow's result, or the error of ours that stopped it."""
-    try:
-        return state.result()
-    except DigitsError:
-        raise
-    except Exception as err:
-        raise FlowFailed(f"it ended as {state.name}: {' '.join(str(err).split())}") from err

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipelines import prefect_server
 from pipelines.exit_codes import Exit
-from pipelines.release import result_of
+from pipelines.flow_run import FlowRun
 from pipelines.scoring.scorers import spec_of
 from pipelines.settings import Settings
 from pipelines.text import print_json
@@ -33,11 +33,12 @@ def score(
         from pipelines.flows.score import score as flow  # takes seconds, meanwhile the server starts
 
         prefect_server.wait_until_ready(settings)
-        state = flow(
-            str(source.absolute()), str(output.absolute()), through=through, where=where, probabilities=probabilities,
-            overwrite=overwrite, shard_rows=shard_rows, project=str(settings.project), watched=True, return_state=True,
+        run = FlowRun(
+            flow, str(source.absolute()), str(output.absolute()), through=through, where=where,
+            probabilities=probabilities, overwrite=overwrite, shard_rows=shard_rows, project=str(settings.project),
+            watched=True,
         )  # fmt: skip
-        done = result_of(state)
+        done = run.result()
     tally = done.tally
     rate = done.new_rows / max(done.duration_s, 1e-9)
     if as_json:
