@@ -29,8 +29,8 @@ OCTETS = ("content-type: application/octet-stream",)
 START_LIMIT_S = 60.0
 
 SHORT_RUNS = 5
-"""So many times both sides wait in turns, shortly, and the median of each counts: a shared machine halts for tens of
-milliseconds now and then, and who has the longer turn has more of that."""
+"""So many times both sides wait in turns, shortly, and the median of each counts: a shared machine is slower for
+tenths of a second now and then, and who has the longer turn has more of that."""
 
 
 @dataclass(frozen=True, eq=False)
