@@ -293,28 +293,19 @@ class _Predictions:
         calls, self._uncounted, self._uncounted_images = self._uncounted, [], 0
         for version, group in itertools.groupby(calls, key=operator.itemgetter(0)):
             _, digits, confidences, class_counts, unsure = zip(*group, strict=True)
-            self._add(version, np.concatenate(digits), np.concatenate(confidences), max(class_counts), sum(unsure))
-
-    def _add(
-        self,
-        version: str,
-        digits: NDArray[np.int64],
-        confidences: NDArray[np.float32],
-        class_count: int,
-        unsure: int,
-    ) -> None:
-        if version not in self._digits:
-            self._digits[version] = np.zeros(class_count, np.int64)
-            self._confidences[version] = np.zeros(len(self.BOUNDS) + 1, np.int64), [0.0]
-            self._unsure[version] = 0
-        read = self._digits[version]
-        if len(read) < class_count:  # the versions that share ``other`` may differ in this
-            read = self._digits[version] = np.pad(read, (0, class_count - len(read)))
-        read += np.bincount(digits, minlength=len(read))
-        counts, total = self._confidences[version]
-        counts += np.bincount(np.searchsorted(self.BOUNDS, confidences), minlength=len(counts))
-        total[0] += float(confidences.sum(dtype=np.float64))
-        self._unsure[version] += unsure
+            class_count, sure = max(class_counts), np.concatenate(confidences)
+            if version not in self._digits:
+                self._digits[version] = np.zeros(class_count, np.int64)
+                self._confidences[version] = np.zeros(len(self.BOUNDS) + 1, np.int64), [0.0]
+                self._unsure[version] = 0
+            read = self._digits[version]
+            if len(read) < class_count:  # the versions that share ``other`` may differ in this
+                read = self._digits[version] = np.pad(read, (0, class_count - len(read)))
+            read += np.bincount(np.concatenate(digits), minlength=len(read))
+            counts, total = self._confidences[version]
+            counts += np.bincount(np.searchsorted(self.BOUNDS, sure), minlength=len(counts))
+            total[0] += float(sure.sum(dtype=np.float64))
+            self._unsure[version] += sum(unsure)
 
     def collect(self) -> Iterator[Metric]:
         self._count()
