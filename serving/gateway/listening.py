@@ -1,5 +1,6 @@
 """Bound sockets, and one plain line when there is none to be had."""
 
+import contextlib
 import socket
 
 from digits.errors import DigitsError
@@ -49,6 +50,16 @@ def listen(host: str, port: int, variable: str, *, shared: bool = False) -> sock
         listener.close()
         raise CannotListen(join_host_port(host, port), variable) from err
     return listener
+
+
+def accept_waiting(listener: socket.socket) -> list[socket.socket]:
+    """The connections that the kernel has made and nobody has accepted: closing the listener would reset them."""
+    listener.setblocking(False)
+    accepted = []
+    with contextlib.suppress(OSError):  # there are no more
+        while True:
+            accepted.append(listener.accept()[0])
+    return accepted
 
 
 def require_free(host: str, port: int, variable: str) -> int:

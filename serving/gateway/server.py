@@ -13,6 +13,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.gateway import lean
+from serving.gateway.listening import accept_waiting
 from serving.gateway.rest import CORK, ON_DISCONNECT, RestApp
 from serving.gateway.settings import Settings
 
@@ -40,6 +41,7 @@ class RestServer(uvicorn.Server):
     ) -> None:
         self.incomplete: dict[_Protocol, float] = {}
         self._listener = listener
+        self._adopting: list[asyncio.Task[None]] = []
         self._settings = settings
         config = uvicorn.Config(
             cast(Any, app),
@@ -98,14 +100,28 @@ class RestServer(uvicorn.Server):
 
     def stop_accepting(self) -> None:
         """Leave new connections to others that listen, if there are any; go on with those there are."""
+        waiting = accept_waiting(self._listener)
         for server in self.servers:
             server.close()
+        self._adopting = [asyncio.create_task(self._adopt(connection)) for connection in waiting]
+
+    async def _adopt(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it has left, or cannot agree on TLS
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._new_protocol,
+                connection,
+                ssl=self.config.ssl,
+                ssl_handshake_timeout=self._settings.header_timeout_s if self.config.ssl is not None else None,
+            )
 
     async def until_left(self, limit_s: float) -> None:
         """Wait until no connection is open, at most ``limit_s``."""
         until = time.monotonic() + limit_s
-        while self.server_state.connections and time.monotonic() < until:  # noqa: ASYNC110 - uvicorn keeps a set, and tells nobody
+        while self._is_in_use() and time.monotonic() < until:  # noqa: ASYNC110 - uvicorn keeps a set, and tells nobody
             await asyncio.sleep(0.01)
+
+    def _is_in_use(self) -> bool:
+        return bool(self.server_state.connections) or not all(task.done() for task in self._adopting)
 
     async def _sweep(self) -> None:
         while True:

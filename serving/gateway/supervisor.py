@@ -297,9 +297,9 @@ class Supervisor:
 
     async def _end_all(self) -> None:
         self._stop.set()
-        await asyncio.gather(*(self._end(worker, retire=False) for worker in tuple(self._all)))
         for slot in range(len(self._slots)):
-            self._refuse(slot)
+            self._refuse(slot)  # each worker's are open until it has drained what waits in them
+        await asyncio.gather(*(self._end(worker, retire=False) for worker in tuple(self._all)))
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,5 +1,6 @@
 """`python -m serving.gateway` as a process: start, settings, ports, SIGTERM."""
 
+import asyncio
 import contextlib
 import fcntl
 import json
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from serving.gateway.settings import BadSettings, read_settings
 from serving.protos import digits_pb2 as pb
 from serving.protos import digits_pb2_grpc
 from tests.ports import free_port
-from tests.serving.gateway.conftest import HANG_S, LoopThread, eventually
+from tests.serving.gateway.conftest import HANG_S, Here, LoopThread, eventually
 from tests.serving.gateway.upstream_server import TestUpstream
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -257,6 +258,7 @@ def test_a_drain_under_load_loses_no_accepted_request(process: Process, upstream
     stop = threading.Event()
 
     def hammer() -> None:
+        is_new = True
         with httpx.Client(base_url=process.url, timeout=HANG_S) as client:
             while not stop.is_set():
                 try:
@@ -264,8 +266,12 @@ def test_a_drain_under_load_loses_no_accepted_request(process: Process, upstream
                 except httpx.ConnectError:
                     return
                 except httpx.TransportError as err:
-                    bad.append(repr(err))
+                    # A new connection may come to the listening socket's queue in the moment in which it closes: such
+                    # a request was never accepted. httpx calls that a reset or, if sending met it first, a disconnect.
+                    if not is_new:
+                        bad.append(repr(err))
                     return
+                is_new = answer.headers.get("connection") == "close"
                 if answer.status_code == 200:
                     good[0] += 1
                 else:
@@ -281,26 +287,59 @@ def test_a_drain_under_load_loses_no_accepted_request(process: Process, upstream
         worker.join(HANG_S)
     stop.set()
     assert process.end() == 0
-    # A connection may still be in the listening socket's queue when it closes: that one was never accepted.
-    assert [one for one in bad if "Connection reset" not in one] == []
+    assert bad == []
+    # Nor is there one that it took and did not answer. (Asked too: whether it is ready.)
+    taken = [line for line in process.lines if line["event"] == "request" and line["route"] == "/classify"]
+    assert len(taken) == good[0]
 
 
-@pytest.mark.parametrize("sent_before", [b"", b"POST /classify HTT"])
-def test_a_drain_waits_for_a_request_that_is_on_its_way(process: Process, sent_before: bytes) -> None:
+WHOLE_REQUEST = b"POST /classify HTTP/1.1\r\nHost: digits\r\nContent-Length: 784\r\n\r\n" + bytes(784)
+
+
+@pytest.mark.parametrize("sent", [0, len(WHOLE_REQUEST)], ids=["nothing", "whole"])
+def test_a_drain_answers_connections_that_nobody_has_accepted_yet(start: Callable[..., Here], sent: int) -> None:
+    """What waits in the listening socket's queue when the doors close has been connected: it gets its answers."""
+    here = start()
+
+    async def leave_with_five_in_the_queue() -> list[socket.socket]:
+        clients = [socket.create_connection(("127.0.0.1", here.rest_port), timeout=HANG_S) for _ in range(5)]
+        for client in clients:
+            client.sendall(WHOLE_REQUEST[:sent])
+        leaving.append(asyncio.create_task(here.running.retire()))
+        await asyncio.sleep(0)
+        return clients
+
+    leaving: list[asyncio.Task[None]] = []
+    for client in here.thread.run(leave_with_five_in_the_queue()):
+        with client:
+            client.sendall(WHOLE_REQUEST[sent:])
+            answer = _all_of(client)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+    here.thread.run(asyncio.wait_for(leaving[0], HANG_S))
+
+
+@pytest.mark.parametrize(
+    "sent", [0, 18, len(WHOLE_REQUEST) - 784, len(WHOLE_REQUEST) - 1], ids=["nothing", "line", "headers", "body"]
+)
+def test_a_drain_waits_for_a_request_that_is_on_its_way(process: Process, sent: int) -> None:
     """A connection that was accepted in time is answered though its request comes after the doors have closed."""
-    request = b"POST /classify HTTP/1.1\r\nHost: digits\r\nContent-Length: 784\r\n\r\n" + bytes(784)
     host, _, port = process.url.rpartition("/")[2].rpartition(":")
     with socket.create_connection((host, int(port)), timeout=HANG_S) as client:
-        client.sendall(sent_before)
+        client.sendall(WHOLE_REQUEST[:sent])
         httpx.get(process.url + "/healthz")  # it accepts in order
         process.popen.terminate()
         eventually(lambda: _refuses(host, int(port)))
         threading.Event().wait(1.0)  # longer than connections in use are given to leave by themselves
-        client.sendall(request[len(sent_before) :])
-        answer = b"".join(iter(lambda: client.recv(65536), b""))
+        client.sendall(WHOLE_REQUEST[sent:])
+        answer = _all_of(client)
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert b"connection: close" in answer
     assert process.end() == 0
+
+
+def _all_of(client: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    return b"".join(iter(lambda: client.recv(65536), b""))
 
 
 def _refuses(host: str, port: int) -> bool:
