@@ -3,7 +3,7 @@
 Both sides fit the same network, params.yaml's or a plain perceptron, to the same 55,000 images in float, without
 augmentation, and are asked for their accuracy on the 5,000 validation images after every epoch; start-up (building and
 tracing the graph) is not counted on either side. `model.fit` is used as its documentation shows it: Adam at its
-defaults, batches of 32. Our side has the quick profile's setting but for batch, learning rate and the length of the
+defaults, batches of 32. Our side has the setting of params.yaml but for batch, learning rate and the length of the
 schedule.
 """
 
@@ -75,7 +75,7 @@ def run(seconds: float, repeats: int) -> None:
     plain = params.model.model_copy(update={"receptive_fields": (), "hidden_widths": (512, 256), "paper_share": 0.0})
     courses = (
         Course("a perceptron of 512 and 256 units", plain, 2, 256, 0.003),
-        Course("the quick profile's network", params.model, 1, 256, params.train.learning_rate),
+        Course(f"the {params.profile} profile's network", params.model, 1, 256, params.train.learning_rate),
     )
     for course in courses:
         setting = course.applied_to(params)
